@@ -1,0 +1,455 @@
+"""The four abstract parts and what flows between them.
+
+Shape letters, used as name suffixes everywhere (`x_BCHW`, `tokens_BLC`):
+    B batch, C channels, H height, W width, L tokens, N steps. Hidden widths are C as well.
+
+Images are float tensors, RGB in [-1, 1] ("raw pixels"). Latents are "final": already shifted and scaled to about unit
+standard deviation by the autoencoder, so that nothing outside it ever sees a scale factor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from ldmkit.config import Config
+from ldmkit.errors import ConfigError, InputError
+
+
+class Part(ABC):
+    """What the four kinds share: a nested strict `Config`, and construction from it.
+
+    A concrete part declares `class Config(ldmkit.Config)` with a default for every field where a sensible one exists, and takes
+    exactly one constructor argument: that config.
+    """
+
+    Config: ClassVar[type[Config]]
+    config: Config
+
+    @classmethod
+    def build(cls, **values: Any) -> Self:
+        """Build from plain keyword values. Raises: ConfigError on unknown keys or wrong types."""
+        return cls(cls.Config.parse(values, owner=cls.__name__))  # type: ignore[call-arg]
+
+
+# --------------------------------------------------------------------------------------------------------------- autoencoder
+
+
+class Posterior(ABC):
+    """q(z | x) over final latents, as an encoder returns it."""
+
+    @abstractmethod
+    def mode(self) -> Tensor:
+        """The most likely latents, (B, C, H, W)."""
+
+    @abstractmethod
+    def sample(self, noise_BCHW: Tensor) -> Tensor:
+        """Latents drawn with the given standard normal noise, (B, C, H, W)."""
+
+    @abstractmethod
+    def loss_B(self) -> Tensor:
+        """The regulariser of stage one per image, (B,): KL to a standard normal (nats), or the commitment loss."""
+
+
+class Autoencoder(Part, nn.Module):
+    """Raw pixels in [-1, 1] <=> final latents."""
+
+    image_channels: int
+    latent_channels: int
+    downscale: int
+    """Pixels per latent along each side; heights and widths must be multiples of it."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    @abstractmethod
+    def encode(self, x_BCHW: Tensor) -> Posterior:
+        """Raw pixels in [-1, 1] => posterior over final latents (B, latent_channels, H/downscale, W/downscale)."""
+
+    @abstractmethod
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """Final latents => raw pixels, nominally in [-1, 1] (not clamped)."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- condition
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What a denoiser is told beside the noisy latents and the time. Every field may be None.
+
+    Attributes:
+        tokens_BLC: a sequence for cross-attention.
+        mask_BL: bool, True = attend; None = attend to all of `tokens_BLC`.
+        vector_BC: a vector added to the time embedding (SDXL's pooled text and sizes).
+        labels_B: int64 class labels.
+        guidance_B: the guidance scale, for models distilled with it as an input.
+        spatial_BCHW: channels concatenated to the latents (mask, masked image, semantic map, low-resolution image).
+        extra: anything a plugin adds; tensors in it must have the batch first. `denoiser.prepare` keeps keys and values here.
+    """
+
+    tokens_BLC: Tensor | None = None
+    mask_BL: Tensor | None = None
+    vector_BC: Tensor | None = None
+    labels_B: Tensor | None = None
+    guidance_B: Tensor | None = None
+    spatial_BCHW: Tensor | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    FIELDS: ClassVar[tuple[str, ...]] = ("tokens_BLC", "mask_BL", "vector_BC", "labels_B", "guidance_B", "spatial_BCHW")
+
+    def given(self) -> frozenset[str]:
+        """Names of the tensor fields that are set."""
+        return frozenset(name for name in self.FIELDS if getattr(self, name) is not None)
+
+    @property
+    def batch_size(self) -> int | None:
+        """B, or None for an empty condition."""
+        return next((len(getattr(self, name)) for name in self.FIELDS if getattr(self, name) is not None), None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Condition:
+        """A condition with `function` applied to every tensor, those in `extra` (nested dicts, tuples, lists) included."""
+        fields = {name: function(value) for name in self.FIELDS if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **fields, extra=_map_nested(self.extra, function))
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """Move all tensors; only floating-point tensors change dtype."""
+        return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def repeat(self, n: int) -> Condition:
+        """Each entry n times in a row (a, a, b, b, ...): several images per prompt."""
+        return self.map(lambda t: t.repeat_interleave(n, dim=0))
+
+    def __getitem__(self, index: slice) -> Condition:
+        """A slice of the batch."""
+        return self.map(lambda t: t[index])
+
+    def merge(self, other: Condition) -> Condition:
+        """Both conditions at once. A field that only one has is taken over; vectors, spatial maps and `extra` are joined.
+
+        Tokens are joined along channels when their lengths agree and channels differ (SDXL's two text encoders are merged by a
+        conditioner that pads both to 77); anything ambiguous raises.
+
+        Raises:
+            InputError: when both set a field that cannot be joined.
+        """
+        joined: dict[str, Any] = {}
+        for name in self.FIELDS:
+            a, b = getattr(self, name), getattr(other, name)
+            if a is None or b is None:
+                joined[name] = b if a is None else a
+            elif name in ("vector_BC", "spatial_BCHW"):
+                joined[name] = torch.cat([a, b], dim=1)
+            elif name == "tokens_BLC" and a.shape[1] == b.shape[1]:
+                joined[name] = torch.cat([a, b], dim=2)
+            else:
+                raise InputError(
+                    f"two conditions both set {name} (shapes {tuple(a.shape)} and {tuple(b.shape)}) and there is no one way to "
+                    "join them; set it in one of them only, or join them yourself with dataclasses.replace"
+                )
+        clash = sorted(set(self.extra) & set(other.extra))
+        if clash:
+            raise InputError(f"two conditions both set extra[{clash[0]!r}]; rename one")
+        return Condition(**joined, extra={**self.extra, **other.extra})
+
+    @staticmethod
+    def cat(conditions: Sequence[Condition]) -> Condition:
+        """Join along the batch, in order. Tokens of different length are padded with zeros, and masked.
+
+        Raises:
+            InputError: when the conditions do not set the same fields.
+        """
+        given = conditions[0].given() - {"mask_BL"}
+        for other in conditions[1:]:
+            if other.given() - {"mask_BL"} != given:
+                raise InputError(
+                    f"conditions of one batch must set the same fields; one sets {sorted(given)}, "
+                    f"another {sorted(other.given() - {'mask_BL'})}"
+                )
+        if "tokens_BLC" in given:
+            conditions = _pad_tokens(conditions)
+        fields = {
+            name: torch.cat([getattr(c, name) for c in conditions])
+            for name in Condition.FIELDS
+            if all(getattr(c, name) is not None for c in conditions)
+        }
+        return Condition(**fields, extra=_cat_nested([c.extra for c in conditions]))
+
+
+def _pad_tokens(conditions: Sequence[Condition]) -> Sequence[Condition]:
+    lengths = {c.tokens_BLC.shape[1] for c in conditions if c.tokens_BLC is not None}
+    if len(lengths) == 1 and len({c.mask_BL is None for c in conditions}) == 1:
+        return conditions
+    length, padded = max(lengths), []
+    for c in conditions:
+        tokens_BLC = c.tokens_BLC
+        assert tokens_BLC is not None
+        mask_BL = c.mask_BL if c.mask_BL is not None else tokens_BLC.new_ones(tokens_BLC.shape[:2], dtype=torch.bool)
+        missing = length - tokens_BLC.shape[1]
+        padded.append(
+            dataclasses.replace(
+                c,
+                tokens_BLC=nn.functional.pad(tokens_BLC, (0, 0, 0, missing)),
+                mask_BL=nn.functional.pad(mask_BL, (0, missing)),
+            )
+        )
+    return padded
+
+
+def _map_nested(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map_nested(item, function) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_map_nested(item, function) for item in value)
+    return value
+
+
+def _cat_nested(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, Mapping):
+        if any(set(v) != set(first) for v in values):
+            raise InputError(f"conditions of one batch must set the same `extra` keys: {[sorted(v) for v in values]}")
+        return {key: _cat_nested([v[key] for v in values]) for key in first}
+    if isinstance(first, tuple | list):
+        return type(first)(_cat_nested(items) for items in zip(*values, strict=True))
+    return first
+
+
+class Conditioner(Part, nn.Module):
+    """Turns what a user gives (prompts, labels, ...) into a `Condition`."""
+
+    provides: ClassVar[frozenset[str]]
+    """Names of the `Condition` fields it sets."""
+    null_input: Any
+    """The input that means "nothing asked" ("" for text): the unconditional half of guidance, and guidance dropout."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    @abstractmethod
+    def forward(self, inputs: Sequence[Any]) -> Condition:
+        """One input per image => a condition with batch size len(inputs).
+
+        Raises:
+            InputTypeError: for an input of the wrong type.
+        """
+
+    def check(self, inputs: Sequence[Any]) -> None:  # noqa: B027  (a hook with a sensible default, not an oversight)
+        """Raise a named error for inputs `forward` would refuse, before any work is done."""
+
+
+# ------------------------------------------------------------------------------------------------------------------ denoiser
+
+
+class Denoiser(Part, nn.Module):
+    """The network: noisy latents, time and condition => a raw prediction (epsilon, v, ...), whose meaning `Prediction` knows."""
+
+    in_channels: int
+    """Channels it takes in all: latents, plus those of `spatial_BCHW`."""
+    out_channels: int
+    """Channels of its prediction."""
+    multiple_of: int
+    """Latent heights and widths must be multiples of it."""
+    accepts: frozenset[str]
+    """Names of the `Condition` fields it uses; anything else given is an error."""
+    requires: frozenset[str]
+    """Those of `accepts` without which it cannot run."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    @abstractmethod
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        """Predict.
+
+        Args:
+            x_BCHW: noisy latents of about unit variance (x / sqrt(alpha^2 + sigma^2)).
+            t_B: times in the units of the training schedule (0 to num_train_timesteps - 1 for DDPM), any float or int dtype.
+            condition: what `accepts` allows.
+
+        Returns:
+            The raw prediction, (B, out_channels, H, W).
+        """
+
+    def prepare(self, condition: Condition) -> Condition:
+        """Compute what does not depend on the step (cross-attention's keys and values) once, into `condition.extra`."""
+        return condition
+
+    def check(self, condition: Condition) -> None:
+        """Raise InputError where the condition sets a field that the network ignores, or lacks one that it needs."""
+        given = condition.given() - {"mask_BL"}
+        ignored, lacking = sorted(given - self.accepts), sorted(self.requires - given)
+        if ignored:
+            raise InputError(
+                f"{type(self).__name__} would ignore {', '.join(ignored)}: it accepts {sorted(self.accepts) or 'no condition'}; "
+                "use a conditioner that fits, or a denoiser configured to use it"
+            )
+        if lacking:
+            raise InputError(
+                f"{type(self).__name__} needs {', '.join(lacking)}, which the condition (with {sorted(given)}) does not set"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------------- sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """One noise level: x = alpha * x0 + sigma * noise.
+
+    VP has alpha^2 + sigma^2 = 1, VE has alpha = 1, flow matching has alpha = 1 - sigma. `t` is what the network is told.
+    Plain Python floats (float64), so that no coefficient ever waits for a device.
+    """
+
+    alpha: float
+    sigma: float
+    t: float
+
+    @property
+    def scale(self) -> float:
+        """sqrt(alpha^2 + sigma^2): x / scale has unit variance for unit-variance data."""
+        return (self.alpha**2 + self.sigma**2) ** 0.5
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the noise level of variance-exploding samplers (Karras et al. 2022); inf at alpha = 0."""
+        return self.sigma / self.alpha if self.alpha else float("inf")
+
+
+class Levels(Sequence[Level]):
+    """N + 1 noise levels, from the noisiest to the cleanest.
+
+    `initial_scale` is what pure noise is multiplied by to start at the first level. It is the level's own scale unless the
+    method's origin has another (Euler with trailing spacing starts at sigma * noise, leaving out the data's own variance).
+
+    Raises:
+        ConfigError: with fewer than two levels, or when the noise does not fall from each to the next.
+    """
+
+    def __init__(self, levels: Sequence[Level], *, initial_scale: float | None = None) -> None:
+        self._levels = tuple(levels)
+        if len(self._levels) < 2:
+            raise ConfigError(f"a sampler needs at least 2 noise levels (1 step), got {len(self._levels)}")
+        ratios = [level.ratio for level in self._levels]
+        for i, (a, b) in enumerate(zip(ratios, ratios[1:], strict=False)):
+            if not b < a:
+                raise ConfigError(f"noise levels must fall: sigma/alpha is {a:g} at level {i} and {b:g} at level {i + 1}")
+        self.initial_scale = self._levels[0].scale if initial_scale is None else initial_scale
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._levels[index] if isinstance(index, int) else Levels(self._levels[index])
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def __iter__(self) -> Iterator[Level]:
+        return iter(self._levels)
+
+    def __repr__(self) -> str:
+        return f"Levels({list(self._levels)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Levels) and self._levels == other._levels and self.initial_scale == other.initial_scale
+
+    def __hash__(self) -> int:
+        return hash(self._levels)
+
+    @property
+    def num_steps(self) -> int:
+        """N, the number of steps between the levels."""
+        return len(self._levels) - 1
+
+
+Denoise = Callable[[Tensor, Level], Tensor]
+"""D(x, level) -> x0: the model as samplers see it, condition and guidance inside. x is (B, C, H, W) at that level."""
+
+Noise = Callable[[], Tensor]
+"""Standard normal noise of the latents' shape; each call is a new draw, keyed to the current step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerState:
+    """Where a run stands: everything a step needs beside the model and the noise.
+
+    Attributes:
+        x: the latents at `levels[step]`, (B, C, H, W).
+        levels: the whole schedule of the run.
+        step: steps done.
+        history: whatever a multistep method carries on; nested tuples of tensors and floats.
+        denoised: the latest x0 estimate (for previews and callbacks), None before the first step.
+    """
+
+    x: Tensor
+    levels: Levels
+    step: int = 0
+    history: tuple[Any, ...] = ()
+    denoised: Tensor | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the last level has been reached."""
+        return self.step >= self.levels.num_steps
+
+    @property
+    def level(self) -> Level:
+        """The level `x` is at."""
+        level: Level = self.levels[self.step]
+        return level
+
+    @property
+    def next_level(self) -> Level:
+        """The level the next step goes to."""
+        level: Level = self.levels[self.step + 1]
+        return level
+
+    def advance(self, x: Tensor, *, denoised: Tensor, history: tuple[Any, ...] = ()) -> SamplerState:
+        """The state after one step."""
+        return dataclasses.replace(self, x=x, step=self.step + 1, denoised=denoised, history=history)
+
+
+class Sampler(Part):
+    """Decides the noise levels and takes the steps. Stateless: one instance serves any number of threads and runs."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def levels(self, schedule: Any, num_inference_steps: int) -> Levels:
+        """The run's noise levels from the model's `NoiseSchedule`.
+
+        Raises:
+            InputError: steps below 1 or above what the schedule has.
+        """
+
+    def levels_from_timesteps(self, schedule: Any, timesteps: Sequence[float]) -> Levels:
+        """Levels at the user's own timesteps, falling; the last level is the method's own."""
+        raise InputError(f"{type(self).__name__} does not take timesteps=; give num_inference_steps")
+
+    def levels_from_sigmas(self, schedule: Any, sigmas: Sequence[float]) -> Levels:
+        """Levels at the user's own sigma / alpha ratios, falling; the last one is included as given."""
+        raise InputError(f"{type(self).__name__} does not take sigmas=; give num_inference_steps")
+
+    def init(self, noise: Tensor, levels: Levels, *, start: Tensor | None = None) -> SamplerState:
+        """The state before the first step.
+
+        Args:
+            noise: standard normal, (B, C, H, W).
+            start: final latents x0 to begin from (image-to-image): x = alpha x0 + sigma noise at the first level. Without it, x is
+                the noise times `levels.initial_scale`.
+        """
+        first: Level = levels[0]
+        x = noise * levels.initial_scale if start is None else first.alpha * start + first.sigma * noise
+        return SamplerState(x=x, levels=levels)
+
+    @abstractmethod
+    def step(self, denoise: Denoise, state: SamplerState, noise: Noise) -> SamplerState:
+        """One step, from `state.level` to `state.next_level`."""

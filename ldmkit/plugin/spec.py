@@ -1,0 +1,82 @@
+"""The one light module a plugin author imports: what a plugin may tell ldmkit, as typed pluggy hooks.
+
+A plugin is a distribution with an entry point in the group `ldmkit` that names a module (or object) holding hook
+implementations. Nothing here, nor in that module, should import torch: targets are strings, imported when a part is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import pluggy
+
+from ldmkit.errors import PluginError
+
+API_VERSION = (1, 0)
+"""The plugin interface's version, (major, minor). Minor versions only add."""
+
+Kind = Literal["autoencoder", "denoiser", "conditioner", "sampler", "pipeline"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+hookspec = pluggy.HookspecMarker("ldmkit")
+hookimpl = pluggy.HookimplMarker("ldmkit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One line of the table of parts: plain data.
+
+    Attributes:
+        kind: autoencoder, denoiser, conditioner, sampler or pipeline.
+        name: what users write, lower case, words joined with hyphens ("euler-ancestral").
+        target: "package.module:Class", imported on first use. For a pipeline: "package.module:function", returning the folder of
+            a saved pipeline.
+        summary: one line for listings.
+
+    Raises:
+        PluginError: for an unknown kind, a name that is not lower-case words, or a target that is not "module:attribute".
+    """
+
+    kind: Kind
+    name: str
+    target: str
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PluginError(f"component {self.name!r}: kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if not self.name or not all(word.isalnum() and word == word.lower() for word in self.name.replace("+", "").split("-")):
+            raise PluginError(f"component name {self.name!r}: use lower-case words joined with hyphens, like 'euler-ancestral'")
+        module, colon, attribute = self.target.partition(":")
+        if not (module and colon and attribute):
+            raise PluginError(f"component {self.name!r}: target {self.target!r} is not of the form 'package.module:Class'")
+
+
+@hookspec
+def ldmkit_components() -> Iterable[Component]:
+    """The parts a plugin offers.
+
+    >>> from ldmkit.plugin.spec import Component, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_components():
+    ...     return [Component(kind="sampler", name="my-sampler", target="my_package.sampler:MySampler", summary="Steps my way.")]
+    >>> ldmkit_components()[0].name
+    'my-sampler'
+    """
+    raise AssertionError("a hook specification is never called")
+
+
+@hookspec
+def ldmkit_api() -> str:
+    """The range of plugin API versions a plugin works with, as a version specifier; any 1.x where it is not given.
+
+    >>> from ldmkit.plugin.spec import hookimpl
+    >>> @hookimpl
+    ... def ldmkit_api():
+    ...     return ">=1.0,<2"
+    >>> ldmkit_api()
+    '>=1.0,<2'
+    """
+    raise AssertionError("a hook specification is never called")

@@ -1,0 +1,166 @@
+"""Noise schedules: how much signal and noise there is at each time of the diffusion, and which times a run visits.
+
+A discrete schedule has T levels, x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4), in
+float64 throughout. Names and defaults of the config are those of Stable Diffusion's `scheduler_config.json`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from ldmkit.config import Config
+from ldmkit.errors import InputError
+from ldmkit.interfaces import Level
+
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+class NoiseSchedule:
+    """The training schedule of a model, t = 0 .. T - 1, from nearly clean to nearly (or wholly) noise."""
+
+    class Config(Config):
+        """Shape of the schedule, and the times that runs visit unless a sampler has its own rule.
+
+        Attributes:
+            num_train_timesteps: T.
+            beta_schedule: "linear" (Ho et al. 2020), "scaled_linear" (linear in sqrt(beta); Rombach et al. 2022) or
+                "squaredcos_cap_v2" (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17).
+            rescale_betas_zero_snr: shift and scale sqrt(abar) so that the last level is pure noise (Lin et al. 2024,
+                arXiv:2305.08891, alg. 1).
+            timestep_spacing: "leading", "trailing" or "linspace" (Lin et al. 2024, table 2).
+            steps_offset: added to the times of leading spacing; Stable Diffusion uses 1.
+            set_alpha_to_one: whether DDPM-like methods end on the clean image rather than at t = 0.
+        """
+
+        num_train_timesteps: int = Field(1000, ge=1)
+        beta_start: float = Field(0.00085, gt=0, lt=1)
+        beta_end: float = Field(0.012, gt=0, lt=1)
+        beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+        rescale_betas_zero_snr: bool = False
+        timestep_spacing: Spacing = "leading"
+        steps_offset: int = Field(1, ge=0)
+        set_alpha_to_one: bool = False
+
+        @model_validator(mode="after")
+        def _rising(self) -> NoiseSchedule.Config:
+            if self.beta_end < self.beta_start:
+                raise ValueError(f"beta_end = {self.beta_end:g} is below beta_start = {self.beta_start:g}")
+            return self
+
+    def __init__(self, config: NoiseSchedule.Config | None = None) -> None:
+        self.config = config or NoiseSchedule.Config()
+        betas = _betas(self.config)
+        if self.config.rescale_betas_zero_snr:
+            betas = _zero_terminal_snr(betas)
+        self.betas: np.ndarray = betas
+        self.alphas_cumprod: np.ndarray = np.cumprod(1.0 - betas)
+        for table in (self.betas, self.alphas_cumprod):
+            table.setflags(write=False)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return self.config.num_train_timesteps
+
+    def level(self, t: float) -> Level:
+        """The (variance-preserving) level at time t. Between two times, log(sigma / alpha) is interpolated, as k-diffusion does.
+
+        Raises:
+            InputError: t outside [0, T - 1].
+        """
+        top = self.num_train_timesteps - 1
+        if not 0 <= t <= top:
+            raise InputError(f"timestep {t:g} is outside the schedule's 0 .. {top}")
+        low = math.floor(t)
+        if low == t:
+            abar = float(self.alphas_cumprod[low])
+            return Level(math.sqrt(abar), math.sqrt(1.0 - abar), float(t))
+        ratio = float(np.interp(t, np.arange(top + 1), self.sigmas))
+        return vp_level(ratio, float(t))
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """sigma / alpha at each t (T,), rising; inf where abar is 0."""
+        with np.errstate(divide="ignore"):
+            ratios: np.ndarray = np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+        return ratios
+
+    def time_of(self, ratio: float) -> float:
+        """The (fractional) time whose sigma / alpha is `ratio`, by interpolation in the logarithm; clipped to [0, T - 1]."""
+        log_sigmas = np.log(self.sigmas)
+        finite = np.isfinite(log_sigmas)
+        return float(np.interp(math.log(ratio), log_sigmas[finite], np.arange(len(log_sigmas))[finite])) if ratio > 0 else 0.0
+
+    def timesteps(self, n: int, *, spacing: Spacing | None = None, integers: bool = True) -> list[float]:
+        """The n times a run visits, falling.
+
+        Args:
+            n: number of steps.
+            spacing: overrides the config's.
+            integers: round linspace times to whole ones (as DDPM and DDIM do; Euler does not).
+
+        Raises:
+            InputError: n below 1, above T, or too large for the steps offset.
+        """
+        total, spacing = self.num_train_timesteps, spacing or self.config.timestep_spacing
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
+            raise InputError(f"num_inference_steps = {n!r}: must be a whole number from 1 to the schedule's {total}")
+        if spacing == "linspace":
+            times = np.linspace(0, total - 1, n)[::-1]
+            return [float(t) for t in (np.round(times) if integers else times)]
+        if spacing == "trailing":
+            return [float(np.round(total - i * total / n)) - 1 for i in range(n)]
+        offset = self.config.steps_offset
+        times = [float(i * (total // n) + offset) for i in reversed(range(n))]
+        if times[0] > total - 1:
+            raise InputError(
+                f"num_inference_steps = {n} with steps_offset = {offset} starts at t = {times[0]:g}, beyond the schedule's last, "
+                f"{total - 1}; use fewer steps, or timestep_spacing 'trailing'"
+            )
+        return times
+
+    def add_noise(self, x0: np.ndarray, noise: np.ndarray, t: Sequence[int]) -> np.ndarray:
+        """q(x_t | x_0) with the given noise (Ho et al. 2020, eq. 4); arrays with the batch first."""
+        abar = self.alphas_cumprod[np.asarray(t)].reshape(-1, *[1] * (np.ndim(x0) - 1))
+        noisy: np.ndarray = np.sqrt(abar) * x0 + np.sqrt(1.0 - abar) * noise
+        return noisy
+
+
+def vp_level(ratio: float, t: float) -> Level:
+    """The variance-preserving level with sigma / alpha = ratio."""
+    if math.isinf(ratio):
+        return Level(0.0, 1.0, t)
+    scale = math.hypot(1.0, ratio)
+    return Level(1.0 / scale, ratio / scale, t)
+
+
+CLEAN = Level(1.0, 0.0, 0.0)
+"""The noise-free level that Euler-like methods end on."""
+
+
+def _betas(config: NoiseSchedule.Config) -> np.ndarray:
+    total = config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        return np.linspace(config.beta_start, config.beta_end, total)
+    if config.beta_schedule == "scaled_linear":
+        return np.linspace(math.sqrt(config.beta_start), math.sqrt(config.beta_end), total) ** 2
+
+    def abar(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - abar((i + 1) / total) / abar(i / total), 0.999) for i in range(total)])
+
+
+def _zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Lin et al. 2024, algorithm 1."""
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    abar = root**2
+    alphas = np.concatenate([abar[:1], abar[1:] / abar[:-1]])
+    betas_out: np.ndarray = 1.0 - alphas
+    return betas_out
