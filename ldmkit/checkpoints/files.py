@@ -1,0 +1,100 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldmkit.errors import CheckpointError, OutputError
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and raise OutputError where nothing can be written to it, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}; choose another folder or fix its rights") from None
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably: all of it appears under its name, or nothing. Raises: OutputError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically. Raises: OutputError."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises: CheckpointError naming the file where it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged or is something else") from None
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` to write into; on success it becomes `target`, on failure it is removed.
+
+    Where `target` exists already, its files are replaced one by one, JSON (which is read first) last; others are left alone.
+
+    Raises:
+        OutputError: when the disk is full or the place cannot be written.
+    """
+    check_writable(target.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield temporary
+        _sync(temporary)
+        if not target.exists():
+            temporary.chmod(0o755)
+            temporary.rename(target)
+        else:
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda p: (p.suffix == ".json", p.parent == temporary, p.name)):
+                destination = target / path.relative_to(temporary)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(destination)
+        _sync_folder(target.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write {target}: {error.strerror or error}; what was there before is untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

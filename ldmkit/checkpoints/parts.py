@@ -1,0 +1,118 @@
+"""One part on disk: `part.json` (kind, name, config), its weights, and the files its config names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
+from ldmkit.checkpoints.weights import load_weights, read_weights, write_weights
+from ldmkit.errors import CheckpointError, ConfigError, InputError, OutputError
+from ldmkit.interfaces import Part
+from ldmkit.plugin.registry import registry
+
+DType = torch.dtype | Literal["auto"]
+
+
+def describe_part(part: Part) -> dict[str, Any]:
+    """A part as plain data: kind, registered name, distribution, config. Raises: PluginError if no plugin registers its class."""
+    component, distribution = registry().component_of(type(part))
+    return {
+        "kind": component.kind,
+        "name": component.name,
+        "distribution": distribution,
+        "config": part.config.to_dict(),
+    }
+
+
+def save_part(part: Part, folder: str | Path, *, max_shard_size: int | None = None) -> Path:
+    """Write a part so that `load_part` gives it back bit for bit.
+
+    Raises:
+        PluginError: when no plugin registers the part's class.
+        OutputError: when the folder cannot be written, or a file the config names cannot be read.
+    """
+    folder = Path(folder)
+    with atomic_folder(folder) as temporary:
+        write_part(part, temporary, max_shard_size=max_shard_size)
+    return folder
+
+
+def write_part(part: Part, folder: Path, *, max_shard_size: int | None = None) -> None:
+    """`save_part` into a folder that is itself about to appear atomically."""
+    description = describe_part(part)
+    for field in type(part.config).asset_fields():
+        source = getattr(part.config, field)
+        if source is None:
+            continue
+        description["config"][field] = Path(source).name
+        try:
+            shutil.copyfile(source, folder / Path(source).name)
+        except OSError as error:
+            raise OutputError(f"{type(part).__name__}.{field}: cannot copy {source}: {error.strerror}") from error
+    if isinstance(part, nn.Module):
+        write_weights(folder, part.state_dict(), max_shard_size=max_shard_size)
+    write_json(folder / "part.json", description)
+
+
+def load_part(
+    folder: str | Path, *, kind: str | None = None, dtype: DType = torch.float32, device: torch.device | str = "cpu"
+) -> Any:
+    """Read a part written by `save_part`.
+
+    Args:
+        kind: what it must be, for a clear error where the folder holds something else.
+        dtype: floating-point type of the weights; "auto" keeps the stored one.
+
+    Raises:
+        CheckpointError: for a missing or damaged file. ArchitectureMismatchError: for weights that do not fit the config.
+        ConfigError, UnknownPartError: for a config or a part that the installed plugins do not know.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    return restore_part(read_json(folder / "part.json"), folder, kind=kind, dtype=dtype, device=device)
+
+
+def restore_part(
+    description: dict[str, Any], folder: Path, *, kind: str | None = None, dtype: DType, device: torch.device | str = "cpu"
+) -> Any:
+    """Build the described part and fill it with the folder's weights."""
+    try:
+        found, name, values = description["kind"], description["name"], dict(description["config"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{folder / 'part.json'} must hold kind, name and config") from None
+    if kind is not None and found != kind:
+        raise CheckpointError(f"{folder} holds a part of kind {found!r}, not {kind!r}")
+    part_class = registry().load(found, name)
+    for field in part_class.Config.asset_fields():
+        asset = values.get(field)
+        if asset is not None:
+            if Path(asset).name != asset:
+                raise ConfigError(f"{folder / 'part.json'}: {field} = {asset!r} must be the bare name of a file in that folder")
+            values[field] = str(folder / asset)
+    config = part_class.Config.parse(values, owner=f"{found} {name!r} in {folder}")
+    with torch.random.fork_rng(devices=[]):  # initial values are about to be overwritten: the caller's random state is not spent on them
+        part = part_class(config)
+    if isinstance(part, nn.Module):
+        load_module(part, folder, dtype=dtype, device=device)
+    return part
+
+
+def load_module(module: nn.Module, folder: Path, *, dtype: DType, device: torch.device | str) -> None:
+    """Fill a module with a folder's weights, in the wanted dtype, and put it in evaluation mode."""
+    tensors = read_weights(folder)
+    stored = {t.dtype for t in tensors.values() if t.is_floating_point()}
+    if dtype == "auto":
+        if len(stored) > 1:
+            raise InputError(f"{folder} stores several dtypes ({', '.join(sorted(map(str, stored)))}); name one with dtype=")
+        wanted = stored.pop() if stored else torch.float32
+    else:
+        wanted = dtype
+    module.to(dtype=wanted)
+    load_weights(module, tensors, source=str(folder))
+    module.to(device=device).eval()
