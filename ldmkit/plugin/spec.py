@@ -31,8 +31,8 @@ class Component:
     Attributes:
         kind: autoencoder, denoiser, conditioner, sampler or pipeline.
         name: what users write, lower case, words joined with hyphens ("euler-ancestral").
-        target: "package.module:Class", imported on first use. For a pipeline: "package.module:function", returning the folder of
-            a saved pipeline.
+        target: "package.module:Class", imported on first use. For a pipeline: "package.module:function", returning the folder
+            of a saved pipeline.
         summary: one line for listings.
 
     Raises:
@@ -61,7 +61,7 @@ def ldmkit_components() -> Iterable[Component]:
     >>> from ldmkit.plugin.spec import Component, hookimpl
     >>> @hookimpl
     ... def ldmkit_components():
-    ...     return [Component(kind="sampler", name="my-sampler", target="my_package.sampler:MySampler", summary="Steps my way.")]
+    ...     return [Component(kind="sampler", name="my-sampler", target="my_package.sampler:MySampler", summary="My way.")]
     >>> ldmkit_components()[0].name
     'my-sampler'
     """

@@ -1,0 +1,201 @@
+"""Finding plugins and hearing what each has to say, one by one: a broken plugin is kept as failed, and the rest goes on.
+
+A plugin is an entry point in the group `ldmkit`. Two environment variables, comma-separated lists of distribution or
+entry-point names, decide which are heard: LDMKIT_DISABLE_PLUGINS blocks some, LDMKIT_PLUGINS (if not empty) allows no others.
+A blocked plugin is never imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import traceback
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+import pluggy
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from ldmkit.errors import PluginError
+from ldmkit.plugin import spec
+from ldmkit.plugin.spec import API_VERSION, Component
+
+GROUP = "ldmkit"
+DISABLE, ALLOW = "LDMKIT_DISABLE_PLUGINS", "LDMKIT_PLUGINS"
+
+
+class PluginWarning(UserWarning):
+    """A plugin failed to load, or an environment variable names one that is not installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """What became of one entry point.
+
+    Attributes:
+        entry_point: its name.
+        module: what it points to.
+        distribution: the installed distribution that ships it ("" where unknown), and its `version`.
+        state: "ok"; "failed" (see `error`, one line, and `traceback`); or "blocked" (see `error`).
+        components: the parts it offers; none unless ok.
+        hooks: calls its hooks, each returning a list of at most one result; None unless ok.
+    """
+
+    entry_point: str
+    module: str
+    distribution: str = ""
+    version: str = ""
+    state: Literal["ok", "failed", "blocked"] = "ok"
+    components: tuple[Component, ...] = ()
+    error: str = ""
+    traceback: str = ""
+    hooks: Any = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        shipped_by = " ".join(filter(None, (self.distribution, self.version))) or "unknown distribution"
+        return f"{shipped_by} (entry point {self.entry_point!r})"
+
+    def called(self, name: str) -> bool:
+        """Whether `name` is that of the distribution (however spelt: a-b, a_b, A.B) or of the entry point."""
+        return canonical(name) in (canonical(self.distribution), canonical(self.entry_point))
+
+
+def canonical(name: str) -> str:
+    """A name as packaging compares it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> tuple[Plugin, ...]:
+    """Load every plugin that is not blocked, in the order of distribution and entry-point names. Never raises for a plugin.
+
+    Args:
+        entry_points: instead of all those installed in the group `ldmkit`.
+    """
+    if entry_points is None:
+        entry_points = metadata.entry_points(group=GROUP)
+    found = [(entry_point, _describe(entry_point)) for entry_point in entry_points]
+    found.sort(key=lambda pair: (canonical(pair[1]["distribution"]), pair[1]["entry_point"]))
+    blocked, allowed = names_in(os.environ.get(DISABLE, "")), names_in(os.environ.get(ALLOW, ""))
+    plugins = []
+    for entry_point, description in found:
+        plugin = Plugin(**description)
+        if any(map(plugin.called, blocked)):
+            plugin = Plugin(**description, state="blocked", error=f"named in {DISABLE}")
+        elif allowed and not any(map(plugin.called, allowed)):
+            plugin = Plugin(**description, state="blocked", error=f"not named in {ALLOW}")
+        else:
+            plugin = _load(entry_point, description)
+        plugins.append(plugin)
+    _warn_of_unknown(DISABLE, blocked, plugins)
+    _warn_of_unknown(ALLOW, allowed, plugins)
+    return tuple(plugins)
+
+
+def names_in(text: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def warn_of_failures(plugins: Iterable[Plugin]) -> None:
+    """One warning for each failed plugin."""
+    for plugin in plugins:
+        if plugin.state == "failed":
+            warnings.warn(
+                f"plugin {plugin} failed and is left out: {plugin.error}. `ldmkit plugins` shows where; "
+                f"{DISABLE}={plugin.entry_point} blocks it and silences this.",
+                PluginWarning,
+                stacklevel=3,
+            )
+
+
+def _warn_of_unknown(variable: str, names: Sequence[str], plugins: Sequence[Plugin]) -> None:
+    for name in names:
+        if not any(plugin.called(name) for plugin in plugins):
+            known = sorted({word for plugin in plugins for word in (plugin.distribution, plugin.entry_point) if word})
+            warnings.warn(
+                f"{variable} names {name!r}, but no installed plugin or its distribution is called so; "
+                f"there are: {', '.join(known) or 'none'}",
+                PluginWarning,
+                stacklevel=4,
+            )
+
+
+def _describe(entry_point: metadata.EntryPoint) -> dict[str, str]:
+    distribution = entry_point.dist
+    return {
+        "entry_point": entry_point.name,
+        "module": entry_point.value,
+        "distribution": distribution.name if distribution else "",
+        "version": distribution.version if distribution else "",
+    }
+
+
+def _load(entry_point: metadata.EntryPoint, description: dict[str, str]) -> Plugin:
+    try:
+        manager = _register(entry_point.load(), name=entry_point.name)
+        _check_api(manager.hook.ldmkit_api())
+        manager.check_pending()  # a hook implementation with a misspelt name
+        components = _components(manager.hook.ldmkit_components())
+    except (Exception, SystemExit) as error:  # whatever a stranger's code may do, the others go on
+        message = " ".join(str(error).split())
+        text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+        return Plugin(**description, state="failed", error=text, traceback=traceback.format_exc())
+    return Plugin(**description, components=components, hooks=manager.hook)
+
+
+def _register(plugin: object, *, name: str) -> pluggy.PluginManager:
+    """A manager with this one plugin, so that its hooks are called by themselves."""
+    manager = _empty_manager()
+    manager.register(plugin, name=name)  # checks signatures
+    for hook in hook_names():
+        if inspect.isroutine(getattr(plugin, hook, None)) and not getattr(manager.hook, hook).get_hookimpls():
+            raise PluginError(f"{hook} lacks its decorator: write @hookimpl (from ldmkit.plugin.spec) above it")
+    if not manager.get_hookcallers(plugin):
+        raise PluginError(f"it implements no hook (no function marked with @hookimpl); hooks: {', '.join(hook_names())}")
+    return manager
+
+
+def _empty_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(spec)
+    return manager
+
+
+def hook_names() -> tuple[str, ...]:
+    """The names of all hooks a plugin may implement."""
+    return tuple(sorted(vars(_empty_manager().hook)))
+
+
+def _check_api(answers: list[Any]) -> None:
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise PluginError(f"ldmkit_api must return a version specifier like '>=1.0,<2', not {answer!r}")
+        try:
+            served = SpecifierSet(answer)
+        except InvalidSpecifier:
+            raise PluginError(
+                f"ldmkit_api returned {answer!r}, which is no version specifier; write one like '>=1.0,<2'"
+            ) from None
+        version = ".".join(map(str, API_VERSION))
+        if not served.contains(version):
+            raise PluginError(f"it works with plugin API {answer}, and this ldmkit has {version}; upgrade it, or ldmkit")
+
+
+def _components(answers: list[Any]) -> tuple[Component, ...]:
+    components: list[Component] = []
+    for answer in answers:
+        if not isinstance(answer, Iterable) or isinstance(answer, str | bytes):
+            raise PluginError(f"ldmkit_components must return an iterable of Component, not {answer!r}")
+        components.extend(answer)
+    seen: set[tuple[str, str]] = set()
+    for component in components:
+        if not isinstance(component, Component):
+            raise PluginError(f"ldmkit_components must return Component objects only, and one is {component!r}")
+        if (component.kind, component.name) in seen:
+            raise PluginError(f"it offers the {component.kind} {component.name!r} twice")
+        seen.add((component.kind, component.name))
+    return tuple(components)

@@ -1,0 +1,228 @@
+"""Parts by kind and name. Targets are imported when a part is loaded, never before.
+
+A name may say whose part is meant, as "distribution:name" or "entry-point:name".
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from ldmkit.errors import InputError, InputTypeError, LdmkitError, PartClashError, PluginError, UnknownPartError
+from ldmkit.plugin.manager import DISABLE, Plugin, discover, warn_of_failures
+from ldmkit.plugin.spec import KINDS, Component
+
+INTERFACES = {
+    "autoencoder": "Autoencoder",
+    "denoiser": "Denoiser",
+    "conditioner": "Conditioner",
+    "sampler": "Sampler",
+}
+"""The class in `ldmkit.interfaces` that a part of each kind must derive from."""
+
+
+class Registry:
+    """What a set of plugins offers. Immutable; threads may share it."""
+
+    def __init__(self, plugins: Iterable[Plugin]) -> None:
+        self._plugins = tuple(plugins)
+
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """All plugins found, the failed and the blocked too."""
+        return self._plugins
+
+    def components(self, kind: str | None = None) -> tuple[Component, ...]:
+        """Every line of the table, sorted by kind and name. Raises: UnknownPartError for an unknown kind."""
+        kinds = KINDS if kind is None else (_known_kind(kind),)
+        found = [c for plugin in self._plugins for c in plugin.components if c.kind in kinds]
+        return tuple(sorted(found, key=lambda c: (KINDS.index(c.kind), c.name)))
+
+    def available(self, kind: str) -> tuple[str, ...]:
+        """The names of a kind, sorted; where two plugins offer one, both in full ("distribution:name").
+
+        Raises:
+            UnknownPartError: for an unknown kind.
+        """
+        names = []
+        for name in sorted({component.name for component in self.components(kind)}):
+            offers = self._offers(kind, name)
+            names += [name] if len(offers) == 1 else [f"{_qualifier(plugin, offers)}:{name}" for plugin, _ in offers]
+        return tuple(names)
+
+    def find(self, kind: str, name: str) -> Component:
+        """One line of the table, without importing its target.
+
+        Raises:
+            UnknownPartError: naming close matches, and the failed plugins that might have held the part.
+            PartClashError: when two plugins offer it.
+        """
+        return self._find(kind, name)[1]
+
+    def load(self, kind: str, name: str) -> Any:
+        """Import a part's class (for kind "pipeline", its function).
+
+        Raises:
+            UnknownPartError, PartClashError: as `find`.
+            PluginError: the target cannot be imported, or is not what its kind demands.
+        """
+        plugin, component = self._find(kind, name)
+        target = _import_target(plugin, component)
+        _check_target(plugin, component, target)
+        return target
+
+    def build(self, kind: str, name: str, /, **config: Any) -> Any:
+        """An instance of a part.
+
+        Raises:
+            ConfigError: unknown keys or ill-typed values.
+            UnknownPartError, PartClashError, PluginError: as `load`.
+        """
+        if kind == "pipeline":
+            raise InputError(f"a pipeline is loaded, not built: ldmkit.Pipeline.from_pretrained({name!r})")
+        return self.load(kind, name).build(**config)
+
+    def _find(self, kind: str, name: str) -> tuple[Plugin, Component]:
+        _known_kind(kind)
+        if not isinstance(name, str):
+            raise InputTypeError(f"the name of a {kind} must be a string, got {name!r} of type {type(name).__name__}")
+        offers = self._offers(kind, name)
+        if not offers:
+            raise UnknownPartError(self._unknown(kind, name))
+        if len(offers) > 1:
+            raise PartClashError(_clash(kind, name, offers))
+        return offers[0]
+
+    def _offers(self, kind: str, name: str) -> list[tuple[Plugin, Component]]:
+        owner, _, bare = name.rpartition(":")
+        return [
+            (plugin, component)
+            for plugin in self._plugins
+            if not owner or plugin.called(owner)
+            for component in plugin.components
+            if (component.kind, component.name) == (kind, bare)
+        ]
+
+    def _unknown(self, kind: str, name: str) -> str:
+        names = self.available(kind)
+        close = get_close_matches(name, names, n=3, cutoff=0.6)
+        lines = [f"no {kind} is called {name!r}" + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")]
+        elsewhere = [component.kind for component in self.components() if component.name == name]
+        lines += [f"  there is {_a(other)} {other} of that name" for other in elsewhere]
+        lines.append(f"  {kind} parts there are: {', '.join(names) or 'none'}")
+        for state, word in (("failed", "failed, and might have held it"), ("blocked", "is blocked, and might hold it")):
+            lines += [f"  plugin {p} {word}: {p.error}" for p in self._plugins if p.state == state]
+        if any(plugin.state == "failed" for plugin in self._plugins):
+            lines.append("  `ldmkit plugins` shows the tracebacks")
+        return "\n".join(lines)
+
+
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS:
+        close = get_close_matches(str(kind), KINDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UnknownPartError(f"no kind of part is called {kind!r}{hint} (kinds: {', '.join(KINDS)})")
+    return kind
+
+
+def _a(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _qualifier(plugin: Plugin, offers: list[tuple[Plugin, Component]]) -> str:
+    """What tells this plugin's offer from the others': its distribution, or its entry point where that is shared."""
+    shared = sum(bool(plugin.distribution) and other.called(plugin.distribution) for other, _ in offers) != 1
+    return plugin.entry_point if shared else plugin.distribution
+
+
+def _clash(kind: str, name: str, offers: list[tuple[Plugin, Component]]) -> str:
+    bare = name.rpartition(":")[2]
+    picks = " or ".join(repr(f"{_qualifier(plugin, offers)}:{bare}") for plugin, _ in offers)
+    return (
+        f"the {kind} {name!r} is offered by {' and by '.join(str(plugin) for plugin, _ in offers)}; "
+        f"pick one by writing {picks}, or block one with {DISABLE}={_qualifier(offers[-1][0], offers)}"
+    )
+
+
+def _import_target(plugin: Plugin, component: Component) -> Any:
+    module, _, attribute = component.target.partition(":")
+    what = f"the {component.kind} {component.name!r} of {plugin}"
+    try:
+        value = import_module(module)
+        for word in attribute.split("."):
+            value = getattr(value, word)
+    except LdmkitError:
+        raise  # already says what is wrong and the way out
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        own = missing == module.partition(".")[0]
+        hint = f"its target {component.target!r} is wrong, or its install incomplete" if own else f"is {missing!r} installed?"
+        raise PluginError(f"{what} cannot be imported: {error}; {hint}") from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{what} cannot be imported from {component.target!r}: {type(error).__name__}: {error}") from error
+    return value
+
+
+def _check_target(plugin: Plugin, component: Component, target: Any) -> None:
+    what = f"the {component.kind} {component.name!r} of {plugin}: its target {component.target!r}"
+    if component.kind == "pipeline":
+        if not callable(target):
+            raise PluginError(f"{what} must be a function that returns a folder, and is {target!r}")
+        return
+    config = import_module("ldmkit.config").Config
+    interface = getattr(import_module("ldmkit.interfaces"), INTERFACES[component.kind])
+    if not (isinstance(target, type) and issubclass(target, interface)):
+        raise PluginError(f"{what} must be a class derived from ldmkit.{interface.__name__}, and is {target!r}")
+    if inspect.isabstract(target):
+        raise PluginError(f"{what} leaves abstract: {', '.join(sorted(target.__abstractmethods__))}")
+    own = getattr(target, "Config", None)
+    if not (isinstance(own, type) and issubclass(own, config)):
+        raise PluginError(f"{what} needs a nested `class Config(ldmkit.Config)`, and has {own!r}")
+
+
+_lock = threading.RLock()
+_registry: Registry | None = None
+_building = False
+
+
+def registry() -> Registry:
+    """The registry of everything installed, built on first use.
+
+    Raises:
+        PluginError: when a plugin asks for it while plugins are being found.
+    """
+    global _registry, _building  # noqa: PLW0603  (one lazily built value, under a lock)
+    if _registry is None:
+        with _lock:
+            if _building:
+                raise PluginError("parts were asked for while plugins are being found; do so in a part's target, not on import")
+            if _registry is None:
+                _building = True
+                try:
+                    _registry = Registry(discover())
+                finally:
+                    _building = False
+                warn_of_failures(_registry.plugins)
+    return _registry
+
+
+def available(kind: str) -> tuple[str, ...]:
+    """The names of all parts of a kind. Raises: UnknownPartError for an unknown kind."""
+    return registry().available(kind)
+
+
+def load_part(kind: str, name: str) -> Any:
+    """The class of a part, by name. Raises: UnknownPartError, PartClashError, PluginError."""
+    return registry().load(kind, name)
+
+
+def build(kind: str, name: str, /, **config: Any) -> Any:
+    """An instance of a part, by name: `build("sampler", "ddim", eta=1.0)`.
+
+    Raises: ConfigError, UnknownPartError, PartClashError, PluginError.
+    """
+    return registry().build(kind, name, **config)
