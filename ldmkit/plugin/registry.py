@@ -54,6 +54,12 @@ class Registry:
             names += [name] if len(offers) == 1 else [f"{_qualifier(plugin, offers)}:{name}" for plugin, _ in offers]
         return tuple(names)
 
+    def clashes(self) -> tuple[str, ...]:
+        """A message for every part that more than one plugin offers."""
+        keys = dict.fromkeys((component.kind, component.name) for component in self.components())
+        offers = {key: self._offers(*key) for key in keys}
+        return tuple(_clash(*key, offers[key]) for key in keys if len(offers[key]) > 1)
+
     def find(self, kind: str, name: str) -> Component:
         """One line of the table, without importing its target.
 
