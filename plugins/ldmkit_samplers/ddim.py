@@ -1,0 +1,43 @@
+"""DDIM: Song et al. 2021, arXiv:2010.02502."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ldmkit.interfaces import Level
+from ldmkit.schedule import CLEAN, NoiseSchedule
+from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, SamplerConfig, ddim
+
+
+class DDIMSampler(GaussianSampler):
+    """Implicit steps between whole times, ending at t = 0 (Stable Diffusion), or on the clean image (`set_alpha_to_one`)."""
+
+    class Config(SamplerConfig):
+        """Attributes:
+        timestep_spacing: "leading", "trailing" or "linspace"; None takes the schedule's own.
+        eta: 0 is deterministic, 1 has the posterior's noise (as DDPM).
+        """
+
+        eta: float = Field(0.0, ge=0, le=1)
+
+    whole_times = True
+
+    def __init__(self, config: DDIMSampler.Config) -> None:
+        super().__init__(config)
+
+    def last_level(self, schedule: NoiseSchedule) -> Level:
+        """The level of t = 0, or clean. A run whose last time is 0 already takes its last step in place, as its origin does."""
+        return CLEAN if schedule.config.set_alpha_to_one else schedule.level(0)
+
+    def initial_scale(self, schedule: NoiseSchedule, first: Level) -> float:
+        """1: the noise itself."""
+        return 1.0
+
+    def coefficients(self, level: Level, to: Level) -> Coefficients:
+        """Song et al. 2021, eq. 12 and 16."""
+        return ddim(level, to, self.config.eta)
+
+    def draws(self, level: Level) -> bool:
+        """At every step, unless eta is 0."""
+        eta: float = self.config.eta
+        return eta > 0

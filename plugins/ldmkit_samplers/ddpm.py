@@ -1,0 +1,52 @@
+"""DDPM: Ho et al. 2020, arXiv:2006.11239, between any two levels of the schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from ldmkit.interfaces import Level
+from ldmkit.schedule import CLEAN, NoiseSchedule
+from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, SamplerConfig, noise_lost
+
+
+class DDPMSampler(GaussianSampler):
+    """Draws the next level from the diffusion's posterior q(x' | x, x0)."""
+
+    class Config(SamplerConfig):
+        """Attributes:
+        timestep_spacing: "leading", "trailing" or "linspace"; None takes the schedule's own.
+        variance: "fixed_small", the posterior's own (right for a point mass), or "fixed_large", that of the forward step (right
+            for a unit normal); the two choices of Ho et al. 2020, section 3.2.
+        """
+
+        variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+
+    whole_times = True
+
+    def __init__(self, config: DDPMSampler.Config) -> None:
+        super().__init__(config)
+
+    def last_level(self, schedule: NoiseSchedule) -> Level:
+        """The clean image."""
+        return CLEAN
+
+    def initial_scale(self, schedule: NoiseSchedule, first: Level) -> float:
+        """1: the noise itself."""
+        return 1.0
+
+    def coefficients(self, level: Level, to: Level) -> Coefficients:
+        """Ho et al. 2020, eq. 6 and 7. The forward step's variance is beta = sigma^2 `noise_lost`."""
+        beta = level.sigma**2 * noise_lost(level, to)
+        variance = to.sigma**2 / level.sigma**2 * beta
+        if self.config.variance == "fixed_large" and to.sigma > 0:  # alg. 2 adds no noise to the image itself
+            variance = beta
+        return Coefficients(
+            on_x=level.alpha / to.alpha * to.sigma**2 / level.sigma**2,
+            on_x0=to.alpha * beta / level.sigma**2,
+            std=math.sqrt(variance),
+        )
+
+    def draws(self, level: Level) -> bool:
+        """At every time but 0."""
+        return level.t > 0

@@ -1,0 +1,33 @@
+"""Euler ancestral: k-diffusion's `sample_euler_ancestral`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ldmkit.interfaces import Level
+from ldmkit_samplers._euler import EulerFamily
+from ldmkit_samplers._gaussian import Coefficients, SamplerConfig, ddim
+
+
+class EulerAncestralSampler(EulerFamily):
+    """An Euler step down to below the next level, then fresh noise back up to it."""
+
+    class Config(SamplerConfig):
+        """Attributes:
+        timestep_spacing: "leading", "trailing" or "linspace"; None takes the schedule's own.
+        eta: 0 is plain Euler, 1 the full ancestral noise.
+        """
+
+        eta: float = Field(1.0, ge=0, le=1)
+
+    def __init__(self, config: EulerAncestralSampler.Config) -> None:
+        super().__init__(config)
+
+    def coefficients(self, level: Level, to: Level) -> Coefficients:
+        """k-diffusion's `get_ancestral_step`, which is DDIM's."""
+        return ddim(level, to, self.config.eta)
+
+    def draws(self, level: Level) -> bool:
+        """At every step, unless eta is 0."""
+        eta: float = self.config.eta
+        return eta > 0
