@@ -227,8 +227,8 @@ def _cat_nested(values: Sequence[Any]) -> Any:
 class Conditioner(Part, nn.Module):
     """Turns what a user gives (prompts, labels, ...) into a `Condition`."""
 
-    provides: ClassVar[frozenset[str]]
-    """Names of the `Condition` fields it sets."""
+    provides: frozenset[str]
+    """Names of the `Condition` fields it sets (its config may decide)."""
     null_input: Any
     """The input that means "nothing asked" ("" for text): the unconditional half of guidance, and guidance dropout."""
 
