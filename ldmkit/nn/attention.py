@@ -1,0 +1,96 @@
+"""Attention layers (Vaswani et al. 2017, arXiv:1706.03762, sec. 3.2), for sequences and for feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ldmkit.kernels import cross_attention
+from ldmkit.nn.norm import GroupNorm
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one layer, (B, heads, L, head_dim) each."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What cross-attention attends to.
+
+    Attributes:
+        tokens_BLC: the sequence.
+        mask_BL: bool, True = attend; None = attend to all.
+        cached: keys and values computed beforehand, by the layer's `path`; layers not in it compute theirs.
+    """
+
+    tokens_BLC: Tensor
+    mask_BL: Tensor | None = None
+    cached: Mapping[str, KeysValues] = field(default_factory=dict)
+
+
+def split_heads(x_BLC: Tensor, heads: int) -> Tensor:
+    """(B, L, C) => (B, heads, L, C / heads)."""
+    return x_BLC.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x_BHLD: Tensor) -> Tensor:
+    """(B, heads, L, D) => (B, L, heads D)."""
+    return x_BHLD.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to itself or to a context. State dict: to_q, to_k, to_v (no biases), to_out.0."""
+
+    path: str = ""
+    """Where the layer sits in its network; the key of its cached keys and values. The network sets it."""
+
+    def __init__(self, channels: int, *, heads: int, context_channels: int | None = None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_context = context_channels is not None
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def keys_values(self, source_BLC: Tensor) -> KeysValues:
+        """Keys and values of a sequence."""
+        return split_heads(self.to_k(source_BLC), self.heads), split_heads(self.to_v(source_BLC), self.heads)
+
+    def forward(self, x_BLC: Tensor, context: Context | None) -> Tensor:
+        """(B, L, C) => (B, L, C). The context is used by layers built with `context_channels`, and only by them."""
+        q_BHLD = split_heads(self.to_q(x_BLC), self.heads)
+        if not self.to_context:
+            k_BHLD, v_BHLD = self.keys_values(x_BLC)
+            out_BHLD = cross_attention(q_BHLD, k_BHLD, v_BHLD)
+        else:
+            assert context is not None
+            cached = context.cached.get(self.path)
+            k_BHLD, v_BHLD = self.keys_values(context.tokens_BLC) if cached is None else cached
+            out_BHLD = cross_attention(q_BHLD, k_BHLD, v_BHLD, mask=context.mask_BL)
+        out: Tensor = self.to_out[0](merge_heads(out_BHLD))
+        return out
+
+
+class AttentionBlock(nn.Module):
+    """Group norm, self-attention over all pixels, + input: the block of autoencoders and of unconditional U-Nets.
+
+    State dict: group_norm, to_q, to_k, to_v, to_out.0 (all with biases).
+    """
+
+    def __init__(self, channels: int, *, heads: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.group_norm = GroupNorm(num_groups, channels, eps=eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) => the same shape."""
+        h_BLC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
+        q, k, v = (split_heads(project(h_BLC), self.heads) for project in (self.to_q, self.to_k, self.to_v))
+        out_BLC = self.to_out[0](merge_heads(cross_attention(q, k, v)))
+        return x_BCHW + out_BLC.transpose(1, 2).unflatten(2, x_BCHW.shape[2:])

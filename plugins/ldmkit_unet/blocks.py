@@ -1,0 +1,115 @@
+"""The levels of the U-Net: res blocks, each followed by attention where asked, then a change of resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ldmkit.nn import AttentionBlock, Context, Downsample, ResBlock, SpatialTransformer, Upsample
+
+if TYPE_CHECKING:
+    from ldmkit_unet.config import UNetConfig
+
+
+def res_block(config: UNetConfig, in_channels: int, out_channels: int) -> ResBlock:
+    """A res block told the time, 4 x the first level's width."""
+    return ResBlock(
+        in_channels,
+        out_channels,
+        time_channels=4 * config.block_out_channels[0],
+        num_groups=config.norm_num_groups,
+        eps=config.norm_eps,
+        dropout=config.dropout,
+    )
+
+
+def attention(config: UNetConfig, level: int, depth: int, *, mid: bool = False) -> SpatialTransformer | AttentionBlock:
+    """The attention of a level, or of the middle."""
+    channels, heads = config.block_out_channels[level], config.per_level(config.num_attention_heads)[level]
+    if config.attention_block == "plain":
+        return AttentionBlock(channels, heads=heads, num_groups=config.norm_num_groups, eps=config.norm_eps)
+    return SpatialTransformer(
+        channels,
+        heads=heads,
+        depth=depth,
+        context_channels=config.cross_attention_dim,
+        num_groups=config.norm_num_groups,
+        linear_projection=config.use_linear_projection,
+        only_cross_attention=not mid and config.per_level(config.only_cross_attention)[level],
+    )
+
+
+def attend(layer: nn.Module, x_BCHW: Tensor, context: Context | None) -> Tensor:
+    """Apply either kind of attention."""
+    out: Tensor = layer(x_BCHW, context) if isinstance(layer, SpatialTransformer) else layer(x_BCHW)
+    return out
+
+
+class DownBlock(nn.Module):
+    """A level on the way down. State dict: resnets.i, attentions.i, downsamplers.0."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        widths, depth = config.block_out_channels, config.transformer_layers_per_block[level]
+        inputs = [widths[max(level - 1, 0)]] + [widths[level]] * (config.layers_per_block - 1)
+        self.resnets = nn.ModuleList(res_block(config, channels, widths[level]) for channels in inputs)
+        self.attentions = nn.ModuleList(attention(config, level, depth) for _ in inputs if depth)
+        self.downsamplers = nn.ModuleList([Downsample(widths[level])] if level < len(widths) - 1 else [])
+
+    def forward(self, x_BCHW: Tensor, time_BC: Tensor, context: Context | None) -> tuple[Tensor, list[Tensor]]:
+        """Features => features, and those that the way up will join in again."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x_BCHW = resnet(x_BCHW, time_BC)
+            if self.attentions:
+                x_BCHW = attend(self.attentions[i], x_BCHW, context)
+            skips.append(x_BCHW)
+        for downsample in self.downsamplers:
+            x_BCHW = downsample(x_BCHW)
+            skips.append(x_BCHW)
+        return x_BCHW, skips
+
+
+class MidBlock(nn.Module):
+    """The coarsest features. State dict: resnets.{0,1}, attentions.0."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        channels, depth = config.block_out_channels[-1], config.mid_transformer_layers
+        self.resnets = nn.ModuleList(res_block(config, channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([attention(config, -1, depth, mid=True)] if depth else [])
+
+    def forward(self, x_BCHW: Tensor, time_BC: Tensor, context: Context | None) -> Tensor:
+        """Features => features."""
+        x_BCHW = self.resnets[0](x_BCHW, time_BC)
+        for layer in self.attentions:
+            x_BCHW = attend(layer, x_BCHW, context)
+        out: Tensor = self.resnets[1](x_BCHW, time_BC)
+        return out
+
+
+class UpBlock(nn.Module):
+    """A level on the way up; each res block is given one of the features from the way down. State dict: resnets.i,
+    attentions.i, upsamplers.0."""
+
+    def __init__(self, config: UNetConfig, level: int) -> None:
+        super().__init__()
+        widths, depth, layers = config.block_out_channels, config.transformer_layers_per_block[level], config.layers_per_block
+        inputs = [widths[min(level + 1, len(widths) - 1)]] + [widths[level]] * layers
+        skips = [widths[level]] * layers + [widths[max(level - 1, 0)]]
+        self.resnets = nn.ModuleList(res_block(config, a + b, widths[level]) for a, b in zip(inputs, skips, strict=True))
+        self.attentions = nn.ModuleList(attention(config, level, depth) for _ in inputs if depth)
+        self.upsamplers = nn.ModuleList([Upsample(widths[level])] if level > 0 else [])
+
+    def forward(self, x_BCHW: Tensor, skips: Sequence[Tensor], time_BC: Tensor, context: Context | None) -> Tensor:
+        """Features, and as many skipped ones as there are res blocks, the last of them first to be used => features."""
+        for i, resnet in enumerate(self.resnets):
+            x_BCHW = resnet(torch.cat([x_BCHW, skips[-1 - i]], dim=1), time_BC)
+            if self.attentions:
+                x_BCHW = attend(self.attentions[i], x_BCHW, context)
+        for upsample in self.upsamplers:
+            x_BCHW = upsample(x_BCHW)
+        return x_BCHW

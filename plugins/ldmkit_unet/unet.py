@@ -1,0 +1,174 @@
+"""The U-Net of latent diffusion and Stable Diffusion."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from ldmkit import Condition, Denoiser
+from ldmkit.errors import InputError
+from ldmkit.nn import Attention, Context, EmbeddingMLP, GroupNorm, ResBlock, SpatialTransformer, sinusoidal_embedding
+from ldmkit_unet.blocks import DownBlock, MidBlock, UpBlock
+from ldmkit_unet.config import UNetConfig
+
+KV_KEY = "unet.kv"
+"""Where `prepare` keeps cross-attention's keys and values in `Condition.extra`: {layer path: (keys, values)}."""
+
+
+class UNet(Denoiser):
+    """Noisy latents, time and condition => a raw prediction (Rombach et al. 2022, arXiv:2112.10752, sec. 3.2-3.3).
+
+    State dict: conv_in, time_embedding, class_embedding, add_embedding, down_blocks, mid_block, up_blocks, conv_norm_out, conv_out,
+    named as in the diffusers layout. A fresh network predicts zero: the last layer of every residual branch but the transformers'
+    inner ones, and of the whole, starts at zero (Dhariwal and Nichol 2021, arXiv:2105.05233, as in their code).
+    """
+
+    Config = UNetConfig
+    config: UNetConfig
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = config.in_channels
+        self.out_channels = config.out_channels
+        widths = config.block_out_channels
+        self.multiple_of = 2 ** (len(widths) - 1)
+        uses = {
+            "tokens_BLC": config.cross_attention_dim,
+            "labels_B": config.num_class_embeds,
+            "vector_BC": config.vector_dim,
+            "spatial_BCHW": config.spatial_channels,
+        }
+        self.accepts = self.requires = frozenset(name for name, size in uses.items() if size)
+
+        time_channels = 4 * widths[0]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = EmbeddingMLP(widths[0], time_channels)
+        self.class_embedding = nn.Embedding(config.num_class_embeds, time_channels) if config.num_class_embeds else None
+        self.add_embedding = EmbeddingMLP(config.vector_dim, time_channels) if config.vector_dim else None
+        self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(len(widths)))
+        self.mid_block = MidBlock(config)
+        self.up_blocks = nn.ModuleList(UpBlock(config, level) for level in reversed(range(len(widths))))
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps, silu=True)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self._name_attention()
+        self._start_at_zero()
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        """Predict; see `Denoiser.forward`.
+
+        Raises:
+            InputError: where a shape does not fit the config, naming both.
+        """
+        x_BCHW = self._with_spatial(x_BCHW, condition)
+        self._check_sizes(x_BCHW, t_B, condition)
+        time_BC = silu(self._embedding(t_B, condition))
+        context = self._context(condition)
+        h_BCHW = self.conv_in(x_BCHW)
+        skips = [h_BCHW]
+        for down_block in self.down_blocks:
+            h_BCHW, new = down_block(h_BCHW, time_BC, context)
+            skips += new
+        h_BCHW = self.mid_block(h_BCHW, time_BC, context)
+        for up_block in self.up_blocks:
+            used = len(up_block.resnets)
+            skips, taken = skips[:-used], skips[-used:]
+            h_BCHW = up_block(h_BCHW, taken, time_BC, context)
+        out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW))
+        return out
+
+    def prepare(self, condition: Condition) -> Condition:
+        """Keys and values of every cross-attention, computed once, into `condition.extra`; the same bits as without.
+
+        Raises:
+            InputError: as `check`; for tokens of another width; for class labels outside the table.
+        """
+        self.check(condition)
+        self._check_condition(condition)
+        labels_B = condition.labels_B
+        if labels_B is not None and len(labels_B):
+            low, high = int(labels_B.min()), int(labels_B.max())
+            if low < 0 or high >= (self.config.num_class_embeds or 0):
+                raise InputError(
+                    f"class labels from {low} to {high}: the network knows 0 to {(self.config.num_class_embeds or 0) - 1}"
+                )
+        if not self.config.cache_context or condition.tokens_BLC is None:
+            return condition
+        tokens_BLC = condition.tokens_BLC.to(self.conv_in.weight.dtype)
+        cached = {layer.path: layer.keys_values(tokens_BLC) for layer in self._cross_attentions()}
+        return dataclasses.replace(condition, extra={**condition.extra, KV_KEY: cached})
+
+    # ----------------------------------------------------------------------------------------------------------- inner parts
+
+    def _embedding(self, t_B: Tensor, condition: Condition) -> Tensor:
+        """Time, class and vector in one, (B, 4 x the first width)."""
+        config, dtype = self.config, self.conv_in.weight.dtype
+        waves_BC = sinusoidal_embedding(
+            t_B, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+        time_BC: Tensor = self.time_embedding(waves_BC.to(dtype))
+        if self.class_embedding is not None:
+            time_BC = time_BC + self.class_embedding(condition.labels_B)
+        if self.add_embedding is not None:
+            assert condition.vector_BC is not None
+            time_BC = time_BC + self.add_embedding(condition.vector_BC.to(dtype))
+        return time_BC
+
+    def _context(self, condition: Condition) -> Context | None:
+        if self.config.cross_attention_dim is None:
+            return None
+        assert condition.tokens_BLC is not None
+        tokens_BLC = condition.tokens_BLC.to(self.conv_in.weight.dtype)
+        return Context(tokens_BLC, condition.mask_BL, condition.extra.get(KV_KEY, {}))
+
+    def _with_spatial(self, x_BCHW: Tensor, condition: Condition) -> Tensor:
+        spatial, config = condition.spatial_BCHW, self.config
+        if not config.spatial_channels:
+            return x_BCHW
+        if spatial is None or spatial.shape[1] != config.spatial_channels or spatial.shape[2:] != x_BCHW.shape[2:]:
+            raise InputError(
+                f"spatial_BCHW must have {config.spatial_channels} channels and the latents' {tuple(x_BCHW.shape[2:])}, "
+                f"got {None if spatial is None else tuple(spatial.shape)}"
+            )
+        return torch.cat([x_BCHW, spatial.to(x_BCHW.dtype)], dim=1)
+
+    def _check_sizes(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> None:
+        batch, channels, height, width = x_BCHW.shape
+        if channels != self.in_channels:
+            extra = self.config.spatial_channels
+            raise InputError(f"the U-Net takes latents of {self.in_channels - extra} channels, got {channels - extra}")
+        if height % self.multiple_of or width % self.multiple_of:
+            raise InputError(f"latent height and width must be multiples of {self.multiple_of}, got {height} x {width}")
+        if t_B.shape != (batch,):
+            raise InputError(f"t_B must hold one time per image, ({batch},), got {tuple(t_B.shape)}")
+        self._check_condition(condition)
+        if condition.batch_size not in (None, batch):
+            raise InputError(f"the condition is for {condition.batch_size} images, the latents for {batch}")
+
+    def _check_condition(self, condition: Condition) -> None:
+        wanted = {"tokens_BLC": self.config.cross_attention_dim, "vector_BC": self.config.vector_dim}
+        for name, channels in wanted.items():
+            value: Tensor | None = getattr(condition, name)
+            if channels and (value is None or value.shape[-1] != channels):
+                raise InputError(f"{name} must have {channels} channels, got {None if value is None else tuple(value.shape)}")
+        if self.config.num_class_embeds and condition.labels_B is None:
+            raise InputError(f"labels_B must be given: the U-Net has a table of {self.config.num_class_embeds} classes")
+
+    def _cross_attentions(self) -> list[Attention]:
+        return [layer for layer in self.modules() if isinstance(layer, Attention) and layer.to_context]
+
+    def _name_attention(self) -> None:
+        for path, layer in self.named_modules():
+            if isinstance(layer, Attention):
+                layer.path = path
+
+    def _start_at_zero(self) -> None:
+        last_layers: list[nn.Module] = [self.conv_out]
+        last_layers += [layer.conv2 for layer in self.modules() if isinstance(layer, ResBlock)]
+        last_layers += [layer.proj_out for layer in self.modules() if isinstance(layer, SpatialTransformer)]
+        for layer in last_layers:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)

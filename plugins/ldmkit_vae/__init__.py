@@ -1,0 +1,18 @@
+"""Built-in autoencoders."""
+
+from collections.abc import Iterable
+
+from ldmkit.plugin.spec import Component, hookimpl
+
+
+@hookimpl
+def ldmkit_components() -> Iterable[Component]:
+    """The parts of this plugin."""
+    return [
+        Component(
+            kind="autoencoder",
+            name="kl",
+            target="ldmkit_vae.autoencoder:KLAutoencoder",
+            summary="KL-regularised autoencoder of latent and Stable Diffusion.",
+        )
+    ]
