@@ -5,7 +5,7 @@ suggested, and `config -> JSON -> config` is the identity.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
@@ -19,8 +19,8 @@ class Asset:
 
 
 AssetPath = Annotated[str, Asset]
-"""A path to a file that belongs to the part (a vocabulary, say). `save_pretrained` copies the file beside the weights and stores
-its bare name; `from_pretrained` resolves the bare name against the folder."""
+"""A path to a file that belongs to the part (a vocabulary, say). `save_pretrained` copies the file beside the weights and
+stores its bare name; `from_pretrained` resolves the bare name against the folder."""
 
 
 class Config(BaseModel):
@@ -114,6 +114,13 @@ def _field_names(cls: type[Config], loc: tuple[Any, ...]) -> list[str]:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+        model = next(_models_in(field.annotation), model)
     return sorted(getattr(model, "model_fields", {}))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models an annotation names, at any depth: `Sub`, `Sub | None`, `tuple[Sub, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmkit.errors import InputError
 from ldmkit.interfaces import Condition, Denoise, Level
 from ldmkit.prediction import Model
 
@@ -29,7 +30,16 @@ def classifier_free(
         rescale: in [0, 1]: how much of the prediction's standard deviation is brought back to the conditional one's
             (Lin et al. 2024, arXiv:2305.08891, eq. 15-16); acts on the raw prediction, per image.
         batched: one pass over both halves (faster) or two passes (half the memory).
+
+    Raises:
+        InputError: rescale outside [0, 1]; conditions of different batch size, or that set different fields.
     """
+    if not 0 <= rescale <= 1:
+        raise InputError(f"guidance rescale = {rescale!r}: must be from 0 to 1")
+    if condition.batch_size != negative.batch_size:
+        raise InputError(
+            f"the condition is for {condition.batch_size} images and the negative one for {negative.batch_size}; repeat one"
+        )
     if batched:
         both = model.denoiser.prepare(Condition.cat([negative, condition]))
     else:

@@ -10,15 +10,20 @@ standard deviation by the autoencoder, so that nothing outside it ever sees a sc
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor, nn
 
-from ldmkit.config import Config
+import ldmkit.config
 from ldmkit.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from ldmkit.schedule import NoiseSchedule
 
 
 class Part(ABC):
@@ -28,8 +33,8 @@ class Part(ABC):
     exactly one constructor argument: that config.
     """
 
-    Config: ClassVar[type[Config]]
-    config: Config
+    Config: ClassVar[type[ldmkit.config.Config]]
+    config: ldmkit.config.Config
 
     @classmethod
     def build(cls, **values: Any) -> Self:
@@ -243,7 +248,7 @@ class Conditioner(Part, nn.Module):
             InputTypeError: for an input of the wrong type.
         """
 
-    def check(self, inputs: Sequence[Any]) -> None:  # noqa: B027  (a hook with a sensible default, not an oversight)
+    def check(self, inputs: Sequence[Any]) -> None:
         """Raise a named error for inputs `forward` would refuse, before any work is done."""
 
 
@@ -251,7 +256,7 @@ class Conditioner(Part, nn.Module):
 
 
 class Denoiser(Part, nn.Module):
-    """The network: noisy latents, time and condition => a raw prediction (epsilon, v, ...), whose meaning `Prediction` knows."""
+    """The network: noisy latents, time and condition => a raw prediction (epsilon, v, ...) whose meaning `Prediction` knows."""
 
     in_channels: int
     """Channels it takes in all: latents, plus those of `spatial_BCHW`."""
@@ -290,8 +295,8 @@ class Denoiser(Part, nn.Module):
         ignored, lacking = sorted(given - self.accepts), sorted(self.requires - given)
         if ignored:
             raise InputError(
-                f"{type(self).__name__} would ignore {', '.join(ignored)}: it accepts {sorted(self.accepts) or 'no condition'}; "
-                "use a conditioner that fits, or a denoiser configured to use it"
+                f"{type(self).__name__} would ignore {', '.join(ignored)}: it accepts {sorted(self.accepts) or 'no condition'};"
+                " use a conditioner that fits, or a denoiser configured to use it"
             )
         if lacking:
             raise InputError(
@@ -317,12 +322,12 @@ class Level:
     @property
     def scale(self) -> float:
         """sqrt(alpha^2 + sigma^2): x / scale has unit variance for unit-variance data."""
-        return (self.alpha**2 + self.sigma**2) ** 0.5
+        return math.hypot(self.alpha, self.sigma)
 
     @property
     def ratio(self) -> float:
         """sigma / alpha, the noise level of variance-exploding samplers (Karras et al. 2022); inf at alpha = 0."""
-        return self.sigma / self.alpha if self.alpha else float("inf")
+        return self.sigma / self.alpha if self.alpha else math.inf
 
 
 class Levels(Sequence[Level]):
@@ -332,7 +337,8 @@ class Levels(Sequence[Level]):
     method's origin has another (Euler with trailing spacing starts at sigma * noise, leaving out the data's own variance).
 
     Raises:
-        ConfigError: with fewer than two levels, or when the noise does not fall from each to the next.
+        ConfigError: with fewer than two levels, or when the noise rises from one to the next. It may stay: Stable Diffusion's
+            DDIM takes its last step in place when the last time is 0.
     """
 
     def __init__(self, levels: Sequence[Level], *, initial_scale: float | None = None) -> None:
@@ -340,13 +346,21 @@ class Levels(Sequence[Level]):
         if len(self._levels) < 2:
             raise ConfigError(f"a sampler needs at least 2 noise levels (1 step), got {len(self._levels)}")
         ratios = [level.ratio for level in self._levels]
-        for i, (a, b) in enumerate(zip(ratios, ratios[1:], strict=False)):
-            if not b < a:
-                raise ConfigError(f"noise levels must fall: sigma/alpha is {a:g} at level {i} and {b:g} at level {i + 1}")
+        for i, (a, b) in enumerate(pairwise(ratios)):
+            if not b <= a or b == math.inf:
+                raise ConfigError(f"noise levels must fall: sigma / alpha is {a:g} at level {i} and {b:g} at level {i + 1}")
         self.initial_scale = self._levels[0].scale if initial_scale is None else initial_scale
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._levels[index] if isinstance(index, int) else Levels(self._levels[index])
+    @overload
+    def __getitem__(self, index: int) -> Level: ...
+    @overload
+    def __getitem__(self, index: slice) -> Levels: ...
+    def __getitem__(self, index: int | slice) -> Level | Levels:
+        """One level, or part of a run. A part from the first level on keeps `initial_scale`."""
+        if isinstance(index, int):
+            return self._levels[index]
+        part = self._levels[index]
+        return Levels(part, initial_scale=self.initial_scale if part[:1] == self._levels[:1] else None)
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -402,14 +416,12 @@ class SamplerState:
     @property
     def level(self) -> Level:
         """The level `x` is at."""
-        level: Level = self.levels[self.step]
-        return level
+        return self.levels[self.step]
 
     @property
     def next_level(self) -> Level:
         """The level the next step goes to."""
-        level: Level = self.levels[self.step + 1]
-        return level
+        return self.levels[self.step + 1]
 
     def advance(self, x: Tensor, *, denoised: Tensor, history: tuple[Any, ...] = ()) -> SamplerState:
         """The state after one step."""
@@ -419,22 +431,22 @@ class SamplerState:
 class Sampler(Part):
     """Decides the noise levels and takes the steps. Stateless: one instance serves any number of threads and runs."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: ldmkit.config.Config) -> None:
         self.config = config
 
     @abstractmethod
-    def levels(self, schedule: Any, num_inference_steps: int) -> Levels:
+    def levels(self, schedule: NoiseSchedule, num_inference_steps: int) -> Levels:
         """The run's noise levels from the model's `NoiseSchedule`.
 
         Raises:
             InputError: steps below 1 or above what the schedule has.
         """
 
-    def levels_from_timesteps(self, schedule: Any, timesteps: Sequence[float]) -> Levels:
+    def levels_from_timesteps(self, schedule: NoiseSchedule, timesteps: Sequence[float]) -> Levels:
         """Levels at the user's own timesteps, falling; the last level is the method's own."""
         raise InputError(f"{type(self).__name__} does not take timesteps=; give num_inference_steps")
 
-    def levels_from_sigmas(self, schedule: Any, sigmas: Sequence[float]) -> Levels:
+    def levels_from_sigmas(self, schedule: NoiseSchedule, sigmas: Sequence[float]) -> Levels:
         """Levels at the user's own sigma / alpha ratios, falling; the last one is included as given."""
         raise InputError(f"{type(self).__name__} does not take sigmas=; give num_inference_steps")
 
@@ -443,10 +455,10 @@ class Sampler(Part):
 
         Args:
             noise: standard normal, (B, C, H, W).
-            start: final latents x0 to begin from (image-to-image): x = alpha x0 + sigma noise at the first level. Without it, x is
-                the noise times `levels.initial_scale`.
+            start: final latents x0 to begin from (image-to-image): x = alpha x0 + sigma noise at the first level. Without it,
+                x is the noise times `levels.initial_scale`.
         """
-        first: Level = levels[0]
+        first = levels[0]
         x = noise * levels.initial_scale if start is None else first.alpha * start + first.sigma * noise
         return SamplerState(x=x, levels=levels)
 

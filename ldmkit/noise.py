@@ -27,16 +27,31 @@ def keyed_normal(seed: int, image: int, step: int, draw: int, shape: Sequence[in
     """Standard normal float64 numbers that are a pure function of the arguments.
 
     Philox-4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") keyed by the seed, its counter by (draw,
-    step, image); 53-bit uniforms; Box-Muller. numpy guarantees Philox's raw stream across versions and platforms, though not the
-    streams of its own distributions, so the normals are formed here.
+    step, image); 53-bit uniforms; Box-Muller. numpy guarantees Philox's raw stream across versions and platforms, though not
+    the streams of its own distributions, so the normals are formed here.
+
+    Raises:
+        InputTypeError: a number that is not whole.
+        InputError: seed, image or draw outside [0, 2^64), or step below -1.
     """
+    seed, image, draw, step = _word("seed", seed), _word("image", image), _word("draw", draw), _word("step", step, low=-1)
     n = int(np.prod(shape, dtype=np.int64))
     counter = np.array([0, draw, step + 1, image], dtype=np.uint64)
-    raw = np.random.Philox(counter=counter, key=np.array([seed % 2**64, 0], dtype=np.uint64)).random_raw(n + n % 2)
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1): the logarithm stays finite
+    raw = np.random.Philox(counter=counter, key=np.array([seed, 0], dtype=np.uint64)).random_raw(n + n % 2)
+    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1]: the logarithm stays finite
     radius, angle = np.sqrt(-2.0 * np.log(uniform[0::2])), 2.0 * np.pi * uniform[1::2]
     normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(-1)[:n]
     return normal.reshape(tuple(shape))
+
+
+def _word(name: str, value: int, low: int = 0) -> int:
+    """A whole number that fits a 64-bit word (counted from `low`)."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputTypeError(f"{name} = {value!r}: must be a whole number")
+    value = int(value)
+    if not low <= value < 2**64 + low:
+        raise InputError(f"{name} = {value}: must be at least {low} and below 2**64")
+    return value
 
 
 class KeyedNoise:
@@ -45,11 +60,15 @@ class KeyedNoise:
     Args:
         seeds: one per image, or one for all.
         images: the image numbers, one per entry of the batch.
+
+    Raises:
+        InputTypeError, InputError: seeds or images that are no whole numbers in [0, 2^64), or whose counts differ.
     """
 
     def __init__(self, seeds: int | Sequence[int], images: Sequence[int], *, device: torch.device | str = "cpu") -> None:
-        self.images = list(images)
-        self.seeds = [seeds] * len(self.images) if isinstance(seeds, int) else list(seeds)
+        self.images = [_word("image", image) for image in images]
+        given = list(seeds) if isinstance(seeds, Sequence) else [seeds] * len(self.images)
+        self.seeds = [_word("seed", seed) for seed in given]
         self.device = device
         if len(self.seeds) != len(self.images):
             raise InputError(f"{len(self.seeds)} seeds for {len(self.images)} images; give one seed, or one per image")
@@ -66,7 +85,11 @@ class GeneratorNoise:
     """Noise drawn from one torch.Generator, or from one per image, in the order of the calls (as diffusers' randn_tensor)."""
 
     def __init__(
-        self, generator: torch.Generator | Sequence[torch.Generator], *, device: torch.device | str = "cpu", draw_dtype: torch.dtype
+        self,
+        generator: torch.Generator | Sequence[torch.Generator],
+        *,
+        device: torch.device | str = "cpu",
+        draw_dtype: torch.dtype,
     ) -> None:
         self.generator = generator if isinstance(generator, torch.Generator) else list(generator)
         self.device = device

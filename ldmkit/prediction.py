@@ -16,15 +16,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ldmkit.config import Config
-from ldmkit.errors import ConfigError, InputError
+import ldmkit.config
+from ldmkit.errors import ConfigError
 from ldmkit.interfaces import Condition, Denoiser, Level, Levels
 
 
 class Prediction:
     """How to read a denoiser's output."""
 
-    class Config(Config):
+    class Config(ldmkit.config.Config):
         """Attributes:
         type: "epsilon", "v_prediction" or "sample".
         x0_above_sigma: with "epsilon" only: above this sigma / alpha the output is read as x0 itself, where dividing by a
@@ -46,7 +46,7 @@ class Prediction:
     def kind_at(self, level: Level) -> str:
         """The type in force at a level."""
         above = self.config.x0_above_sigma
-        return "sample" if above is not None and level.ratio > above else self.config.type
+        return "sample" if above is not None and level.sigma > above * level.alpha else self.config.type
 
     def check(self, levels: Levels) -> None:
         """Raise ConfigError where the run starts from pure noise and the prediction says nothing about x0 there."""
@@ -65,7 +65,7 @@ class Prediction:
         return (x - s * output) / a if kind == "epsilon" else a * x - s * output
 
     def from_x0(self, x0: Tensor, x: Tensor, level: Level) -> Tensor:
-        """x0 at x => the raw output that means it (the inverse of `to_x0`)."""
+        """x0 at x => the raw output that means it (the inverse of `to_x0`; the level has sigma > 0)."""
         a, s, kind = level.alpha / level.scale, level.sigma / level.scale, self.kind_at(level)
         if kind == "sample":
             return x0
@@ -73,7 +73,7 @@ class Prediction:
         return (x - a * x0) / s if kind == "epsilon" else (a * x - x0) / s
 
     def target(self, x0: Tensor, noise: Tensor, alpha_B: Tensor, sigma_B: Tensor) -> Tensor:
-        """The training target at x = alpha x0 + sigma noise, one level per image."""
+        """The training target at x = alpha x0 + sigma noise, (B, C, H, W), with one level per image, (B,)."""
         shape = (-1,) + (1,) * (x0.ndim - 1)
         scale_B = torch.sqrt(alpha_B**2 + sigma_B**2)
         a, s = (alpha_B / scale_B).view(shape), (sigma_B / scale_B).view(shape)
@@ -96,9 +96,6 @@ class Model:
     def __call__(self, x_BCHW: Tensor, level: Level, condition: Condition) -> Tensor:
         """Noisy latents at `level` => estimate of the clean latents, in x's dtype."""
         dtype = next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), x_BCHW.dtype)
-        t_B = torch.full((len(x_BCHW),), level.t, device=x_BCHW.device, dtype=torch.float32)
-        scaled = (x_BCHW / level.scale).to(dtype)
-        if condition.spatial_BCHW is not None and "spatial_BCHW" not in self.denoiser.accepts:
-            raise InputError(f"{type(self.denoiser).__name__} does not take spatial conditions")
-        output = self.denoiser(scaled, t_B, condition).to(x_BCHW.dtype)
+        t_B = torch.full((len(x_BCHW),), level.t, device=x_BCHW.device, dtype=torch.promote_types(dtype, torch.float32))
+        output = self.denoiser((x_BCHW / level.scale).to(dtype), t_B, condition).to(x_BCHW.dtype)
         return self.prediction.to_x0(output, x_BCHW, level)

@@ -7,13 +7,12 @@ float64 throughout. Names and defaults of the config are those of Stable Diffusi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from ldmkit.config import Config
+import ldmkit.config
 from ldmkit.errors import InputError
 from ldmkit.interfaces import Level
 
@@ -23,7 +22,7 @@ Spacing = Literal["leading", "trailing", "linspace"]
 class NoiseSchedule:
     """The training schedule of a model, t = 0 .. T - 1, from nearly clean to nearly (or wholly) noise."""
 
-    class Config(Config):
+    class Config(ldmkit.config.Config):
         """Shape of the schedule, and the times that runs visit unless a sampler has its own rule.
 
         Attributes:
@@ -50,6 +49,10 @@ class NoiseSchedule:
         def _rising(self) -> NoiseSchedule.Config:
             if self.beta_end < self.beta_start:
                 raise ValueError(f"beta_end = {self.beta_end:g} is below beta_start = {self.beta_start:g}")
+            if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
+                raise ValueError(
+                    "rescale_betas_zero_snr keeps the first level and needs a second one: num_train_timesteps >= 2"
+                )
             return self
 
     def __init__(self, config: NoiseSchedule.Config | None = None) -> None:
@@ -68,10 +71,10 @@ class NoiseSchedule:
         return self.config.num_train_timesteps
 
     def level(self, t: float) -> Level:
-        """The (variance-preserving) level at time t. Between two times, log(sigma / alpha) is interpolated, as k-diffusion does.
+        """The (variance-preserving) level at time t. Between two whole times, sigma / alpha is interpolated, as diffusers does.
 
         Raises:
-            InputError: t outside [0, T - 1].
+            InputError: t outside [0, T - 1], or between two whole times of which the later is pure noise.
         """
         top = self.num_train_timesteps - 1
         if not 0 <= t <= top:
@@ -81,6 +84,10 @@ class NoiseSchedule:
             abar = float(self.alphas_cumprod[low])
             return Level(math.sqrt(abar), math.sqrt(1.0 - abar), float(t))
         ratio = float(np.interp(t, np.arange(top + 1), self.sigmas))
+        if math.isinf(ratio):
+            raise InputError(
+                f"timestep {t:g} lies beside pure noise at t = {low + 1}, where sigma / alpha cannot be interpolated"
+            )
         return vp_level(ratio, float(t))
 
     @property
@@ -91,10 +98,16 @@ class NoiseSchedule:
         return ratios
 
     def time_of(self, ratio: float) -> float:
-        """The (fractional) time whose sigma / alpha is `ratio`, by interpolation in the logarithm; clipped to [0, T - 1]."""
-        log_sigmas = np.log(self.sigmas)
-        finite = np.isfinite(log_sigmas)
-        return float(np.interp(math.log(ratio), log_sigmas[finite], np.arange(len(log_sigmas))[finite])) if ratio > 0 else 0.0
+        """The (fractional) time whose sigma / alpha is `ratio`, interpolated in the logarithm as k-diffusion's `sigma_to_t`.
+
+        Ratios below the first level's give 0, those above the last's T - 1 (the last before pure noise, if finite).
+        """
+        if ratio <= 0:
+            return 0.0
+        if math.isinf(ratio):
+            return float(self.num_train_timesteps - 1)
+        log_sigmas = np.log(self.sigmas[np.isfinite(self.sigmas)])
+        return float(np.interp(math.log(ratio), log_sigmas, np.arange(len(log_sigmas))))
 
     def timesteps(self, n: int, *, spacing: Spacing | None = None, integers: bool = True) -> list[float]:
         """The n times a run visits, falling.
@@ -111,24 +124,18 @@ class NoiseSchedule:
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
             raise InputError(f"num_inference_steps = {n!r}: must be a whole number from 1 to the schedule's {total}")
         if spacing == "linspace":
-            times = np.linspace(0, total - 1, n)[::-1]
+            times = np.linspace(0, total - 1, n)[::-1] if n > 1 else np.array([total - 1.0])  # one step starts from the noise
             return [float(t) for t in (np.round(times) if integers else times)]
         if spacing == "trailing":
             return [float(np.round(total - i * total / n)) - 1 for i in range(n)]
         offset = self.config.steps_offset
-        times = [float(i * (total // n) + offset) for i in reversed(range(n))]
-        if times[0] > total - 1:
+        first = (n - 1) * (total // n) + offset
+        if first > total - 1:
             raise InputError(
-                f"num_inference_steps = {n} with steps_offset = {offset} starts at t = {times[0]:g}, beyond the schedule's last, "
+                f"num_inference_steps = {n} with steps_offset = {offset} starts at t = {first}, beyond the schedule's last, "
                 f"{total - 1}; use fewer steps, or timestep_spacing 'trailing'"
             )
-        return times
-
-    def add_noise(self, x0: np.ndarray, noise: np.ndarray, t: Sequence[int]) -> np.ndarray:
-        """q(x_t | x_0) with the given noise (Ho et al. 2020, eq. 4); arrays with the batch first."""
-        abar = self.alphas_cumprod[np.asarray(t)].reshape(-1, *[1] * (np.ndim(x0) - 1))
-        noisy: np.ndarray = np.sqrt(abar) * x0 + np.sqrt(1.0 - abar) * noise
-        return noisy
+        return [float(first - i * (total // n)) for i in range(n)]
 
 
 def vp_level(ratio: float, t: float) -> Level:
