@@ -39,19 +39,9 @@ environment:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own arguments). Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser, commands = _parsers()
-    command = next((word for word in argv if not word.startswith("-")), None)
-    if command in COMMANDS:
-        module = import_module(f"ldmkit.commands.{command}")
-        module.add_arguments(commands[command])
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help()
-        return 2
     try:
         with _plain_warnings():
-            code: int = module.run(args)
+            code = _run(sys.argv[1:] if argv is None else list(argv))
             sys.stdout.flush()
         return code
     except LdmkitError as error:
@@ -65,6 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run(argv: list[str]) -> int:
+    parser, commands = _parsers()
+    name = next((word for word in argv if not word.startswith("-")), None)
+    if name not in commands:
+        parser.parse_args(argv)  # leaves, for --help, --version and unknown commands
+        parser.error(f"give a command: {', '.join(commands)}")
+    module = import_module(f"ldmkit.commands.{name}")
+    module.add_arguments(commands[name])
+    code: int = module.run(parser.parse_args(argv))
+    return code
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

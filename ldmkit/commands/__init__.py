@@ -1,1 +1,1 @@
-"""The subcommands of `ldmkit`: each module has `add_arguments(parser)`, imported without torch, and `run(args) -> exit code`."""
+"""The subcommands of `ldmkit`: each is a module with `add_arguments(parser)` and `run(args)`; importing one loads no torch."""

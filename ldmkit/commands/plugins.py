@@ -41,5 +41,6 @@ def _plain(plugin: Plugin) -> dict[str, Any]:
 def _rows(plugin: Plugin) -> list[tuple[str, ...]]:
     """One row per part; what they share is written once."""
     head = (plugin.distribution, plugin.version, plugin.entry_point, plugin.state)
-    parts = [(c.kind, c.name, c.summary) for c in plugin.components] or [("", "", plugin.error or "offers no parts")]
+    parts: list[tuple[str, str, str]] = [(c.kind, c.name, c.summary) for c in plugin.components]
+    parts = parts or [("", "", plugin.error or "offers no parts")]
     return [(*(head if i == 0 else ("",) * len(head)), *part) for i, part in enumerate(parts)]

@@ -13,7 +13,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -78,18 +78,16 @@ def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> tuple
     if entry_points is None:
         entry_points = metadata.entry_points(group=GROUP)
     found = [(entry_point, _describe(entry_point)) for entry_point in entry_points]
-    found.sort(key=lambda pair: (canonical(pair[1]["distribution"]), pair[1]["entry_point"]))
+    found.sort(key=lambda pair: (canonical(pair[1].distribution), pair[1].entry_point))
     blocked, allowed = names_in(os.environ.get(DISABLE, "")), names_in(os.environ.get(ALLOW, ""))
     plugins = []
-    for entry_point, description in found:
-        plugin = Plugin(**description)
+    for entry_point, plugin in found:
         if any(map(plugin.called, blocked)):
-            plugin = Plugin(**description, state="blocked", error=f"named in {DISABLE}")
+            plugins.append(replace(plugin, state="blocked", error=f"named in {DISABLE}"))
         elif allowed and not any(map(plugin.called, allowed)):
-            plugin = Plugin(**description, state="blocked", error=f"not named in {ALLOW}")
+            plugins.append(replace(plugin, state="blocked", error=f"not named in {ALLOW}"))
         else:
-            plugin = _load(entry_point, description)
-        plugins.append(plugin)
+            plugins.append(_load(entry_point, plugin))
     _warn_of_unknown(DISABLE, blocked, plugins)
     _warn_of_unknown(ALLOW, allowed, plugins)
     return tuple(plugins)
@@ -124,17 +122,17 @@ def _warn_of_unknown(variable: str, names: Sequence[str], plugins: Sequence[Plug
             )
 
 
-def _describe(entry_point: metadata.EntryPoint) -> dict[str, str]:
+def _describe(entry_point: metadata.EntryPoint) -> Plugin:
     distribution = entry_point.dist
-    return {
-        "entry_point": entry_point.name,
-        "module": entry_point.value,
-        "distribution": distribution.name if distribution else "",
-        "version": distribution.version if distribution else "",
-    }
+    return Plugin(
+        entry_point=entry_point.name,
+        module=entry_point.value,
+        distribution=distribution.name if distribution else "",
+        version=distribution.version if distribution else "",
+    )
 
 
-def _load(entry_point: metadata.EntryPoint, description: dict[str, str]) -> Plugin:
+def _load(entry_point: metadata.EntryPoint, plugin: Plugin) -> Plugin:
     try:
         manager = _register(entry_point.load(), name=entry_point.name)
         _check_api(manager.hook.ldmkit_api())
@@ -143,8 +141,8 @@ def _load(entry_point: metadata.EntryPoint, description: dict[str, str]) -> Plug
     except (Exception, SystemExit) as error:  # whatever a stranger's code may do, the others go on
         message = " ".join(str(error).split())
         text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-        return Plugin(**description, state="failed", error=text, traceback=traceback.format_exc())
-    return Plugin(**description, components=components, hooks=manager.hook)
+        return replace(plugin, state="failed", error=text, traceback=traceback.format_exc())
+    return replace(plugin, components=components, hooks=manager.hook)
 
 
 def _register(plugin: object, *, name: str) -> pluggy.PluginManager:

@@ -184,7 +184,8 @@ def _check_target(plugin: Plugin, component: Component, target: Any) -> None:
     if not (isinstance(target, type) and issubclass(target, interface)):
         raise PluginError(f"{what} must be a class derived from ldmkit.{interface.__name__}, and is {target!r}")
     if inspect.isabstract(target):
-        raise PluginError(f"{what} leaves abstract: {', '.join(sorted(target.__abstractmethods__))}")
+        missing = sorted(target.__abstractmethods__)  # type: ignore[attr-defined]
+        raise PluginError(f"{what} leaves abstract: {', '.join(missing)}")
     own = getattr(target, "Config", None)
     if not (isinstance(own, type) and issubclass(own, config)):
         raise PluginError(f"{what} needs a nested `class Config(ldmkit.Config)`, and has {own!r}")

@@ -1,0 +1,57 @@
+# make demo: draw 16 pictures with the embedded model.     make test: lint, type-check and test.
+# Both make .venv first; run again, they go straight to work. PYTHON=... picks another interpreter (3.11 or later).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := pyproject.toml constraints.txt setup.py MANIFEST.in $(shell find csrc -type f)
+
+# What one process may use. pytest runs two processes, so each gets one thread.
+export TOKENIZERS_PARALLELISM := false
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-all lint format train-emoji clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m ldmkit_emoji.demo --output out/demo.png
+
+test: lint
+	HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(PYTEST)
+
+test-all: lint
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m ""
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The embedded model's weights, from its recipes; resumes where it was stopped.
+train-emoji: $(VENV)/.installed-dev
+	$(BIN)/ldmkit train autoencoder plugins/ldmkit_emoji/recipes/autoencoder.yaml
+	$(BIN)/ldmkit train diffusion plugins/ldmkit_emoji/recipes/diffusion.yaml
+
+# torch comes first, and builds are not isolated, so that setup.py compiles against the torch that will run.
+$(VENV)/.installed: $(SOURCES)
+	@start=$$(date +%s); set -e; \
+	echo "installing into $(VENV) ..."; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(PIP) setuptools wheel pybind11 ninja torch; \
+	$(PIP) --no-build-isolation --editable .; \
+	echo "installed and built in $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+# ldmkit itself is there already: this adds what its extras name, and builds nothing again.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@start=$$(date +%s); $(PIP) 'ldmkit[train,dev]' && echo "test tools installed in $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out ldmkit.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find ldmkit -name '_C*.so' -delete
