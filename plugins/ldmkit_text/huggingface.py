@@ -1,4 +1,4 @@
-"""Hugging Face BERT folders => `BertConditioner`: local files, safetensors only."""
+"""Hugging Face folders of BERT and CLIP => the values of our configs, and weights: local files, safetensors only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.weights import load_weights, read_weights
 from ldmkit.errors import CheckpointError, ConfigError
 
-IGNORED = {
+BERT_IGNORED = {
     "pooler.": "the pooled vector is for classification; conditioning uses the last hidden states",
     "cls.": "heads of the pre-training tasks, after the last hidden states",
     "embeddings.position_ids": "a constant, 0 to max_position_embeddings - 1, that old versions stored",
 }
+CLIP_IGNORED = {
+    "embeddings.position_ids": "a constant, 0 to max_position_embeddings - 1, that old versions stored",
+}
 """Keys (or beginnings of keys) of a pretrained file that are left out, and why."""
 
-COPIED = (
+BERT_COPIED = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -30,8 +33,21 @@ COPIED = (
     "type_vocab_size",
     "layer_norm_eps",
 )
-FIXED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
-"""Settings of config.json that BertConditioner has only one way; absent ones have that value in transformers too."""
+CLIP_COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "eos_token_id",
+    "layer_norm_eps",
+)
+
+BERT_FIXED = {"model_type": "bert", "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+CLIP_FIXED = {"model_type": "clip_text_model", "attention_dropout": 0.0}
+"""Settings of config.json that our conditioners have only one way; absent ones have that value in transformers too."""
 
 
 def bert_config_values(folder: Path) -> dict[str, Any]:
@@ -40,36 +56,72 @@ def bert_config_values(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: where a file is missing or damaged. ConfigError: where the model is no BERT encoder.
     """
-    path = folder / "config.json"
-    given = read_json(path)
-    if not isinstance(given, dict) or "model_type" not in given:
-        raise CheckpointError(f"{path} is not the config of a Hugging Face model: it has no model_type")
-    for key, value in FIXED.items():
-        if given.get(key, value) != value:
-            raise ConfigError(f"{path}: {key} = {given[key]!r} is not supported by the bert conditioner, only {value!r} is")
-    values: dict[str, Any] = {key: given[key] for key in COPIED if key in given}
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.exists():
-        values["lowercase"] = read_json(tokenizer).get("do_lower_case", True)
-    return {**values, "vocab": str(folder / "vocab.txt")}
+    values = _config_values(folder, BERT_COPIED, BERT_FIXED)
+    return {**values, "vocab": str(folder / "vocab.txt"), "lowercase": _tokenizer_setting(folder, "do_lower_case", True)}
+
+
+def clip_config_values(folder: Path, tokenizer: Path) -> dict[str, Any]:
+    """Values of `CLIPTextConditioner.Config` from config.json and the tokenizer's folder.
+
+    Raises:
+        CheckpointError: where a file is missing or damaged. ConfigError: where the model is no CLIP text encoder.
+    """
+    values = _config_values(folder, CLIP_COPIED, CLIP_FIXED)
+    given = read_json(folder / "config.json")
+    if "CLIPTextModelWithProjection" in given.get("architectures", ()):
+        values["projection_dim"] = given["projection_dim"]
+    values |= {"vocab": str(tokenizer / "vocab.json"), "merges": str(tokenizer / "merges.txt")}
+    return {**values, "pad_token": _pad_token(tokenizer)}
 
 
 def load_bert(conditioner: nn.Module, folder: Path) -> None:
-    """Fill a conditioner with a folder's `model.safetensors` (or its shards).
+    """Fill a BERT conditioner with a folder's `model.safetensors` (or its shards).
 
     Raises:
         CheckpointError: where a file is missing or damaged. ArchitectureMismatchError: listing every key that does not fit.
     """
-    load_weights(conditioner, _canonical(read_weights(folder)), source=str(folder))
-
-
-def _canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys as `BertModel` has them: no `bert.` prefix, old files' gamma and beta renamed, and none of `IGNORED`."""
-    renamed: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    renamed = {}
+    for key, tensor in read_weights(folder).items():
         name = key.removeprefix("bert.")
-        for old, new in (("gamma", "weight"), ("beta", "bias")):
+        for old, new in (("gamma", "weight"), ("beta", "bias")):  # as the oldest files have them
             name = name.replace(f"LayerNorm.{old}", f"LayerNorm.{new}")
-        if not name.startswith(tuple(IGNORED)):
-            renamed[name] = tensor
-    return renamed
+        renamed[name] = tensor
+    load_weights(conditioner, _without(renamed, BERT_IGNORED), source=str(folder))
+
+
+def load_clip(conditioner: nn.Module, folder: Path) -> None:
+    """Fill a CLIP text conditioner with a folder's `model.safetensors` (or its shards), keys with or without `text_model.`
+
+    Raises:
+        CheckpointError: where a file is missing or damaged. ArchitectureMismatchError: listing every key that does not fit.
+    """
+    renamed = {key.removeprefix("text_model."): tensor for key, tensor in read_weights(folder).items()}
+    load_weights(conditioner, _without(renamed, CLIP_IGNORED), source=str(folder))
+
+
+def _without(tensors: Mapping[str, Tensor], ignored: Mapping[str, str]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(tuple(ignored))}
+
+
+def _config_values(folder: Path, copied: tuple[str, ...], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / "config.json"
+    given = read_json(path)
+    if not isinstance(given, dict) or "model_type" not in given:
+        raise CheckpointError(f"{path} is not the config of a Hugging Face model: it has no model_type")
+    for key, value in fixed.items():
+        if given.get(key, value) != value:
+            raise ConfigError(f"{path}: {key} = {given[key]!r} is not supported here, only {value!r} is")
+    return {key: given[key] for key in copied if key in given}
+
+
+def _tokenizer_setting(folder: Path, key: str, default: Any) -> Any:
+    path = folder / "tokenizer_config.json"
+    return read_json(path).get(key, default) if path.exists() else default
+
+
+def _pad_token(folder: Path) -> str:
+    """special_tokens_map.json has the last word where it exists, as in transformers."""
+    special = folder / "special_tokens_map.json"
+    default = _tokenizer_setting(folder, "pad_token", "<|endoftext|>")
+    token = read_json(special).get("pad_token", default) if special.exists() else default
+    return str(token["content"] if isinstance(token, dict) else token)

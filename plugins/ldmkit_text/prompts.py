@@ -90,7 +90,7 @@ class PromptEncoder:
             f"the text encoder takes {self.max_length} tokens (start and end included); this part of the prompt is cut off: "
             f"{_quote(prompt[start:])}",
             PromptTruncatedWarning,
-            stacklevel=4,
+            stacklevel=6,  # the line that calls the conditioner
         )
 
 

@@ -52,14 +52,25 @@ def train_wordpiece(texts: Iterable[str], size: int, *, lowercase: bool = True) 
         InputError: where `size` cannot hold even the special tokens and the texts' single characters.
         DataError: where the texts hold no word.
     """
+    if size < 1:
+        raise InputError(f"size must be positive, got {size}")
+    texts = list(texts)
     tokenizer = BertWordPieceTokenizer(lowercase=lowercase)
-    tokenizer.train_from_iterator(texts, vocab_size=size, min_frequency=1, special_tokens=list(SPECIAL), show_progress=False)
+    # The trainer numbers inner characters in a hash table's order, and breaks ties by number: naming them first fixes both.
+    first = [*SPECIAL, *_inner_characters(tokenizer, texts)]
+    tokenizer.train_from_iterator(texts, vocab_size=size, min_frequency=1, special_tokens=first, show_progress=False)
     pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if len(pieces) == len(SPECIAL):
         raise DataError("no words to learn a vocabulary from: the texts are empty")
     if len(pieces) > size:
         raise InputError(f"size {size} is too small: special tokens and single characters alone are {len(pieces)} pieces")
     return [piece for piece, _ in pieces]
+
+
+def _inner_characters(tokenizer: BertWordPieceTokenizer, texts: Iterable[str]) -> list[str]:
+    """The pieces `##x` for every character x that stands in a word but not first, sorted."""
+    normalize, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
+    return sorted({"##" + character for text in texts for word, _ in split(normalize(text)) for character in word[1:]})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,234 @@
+"""CLIP's text encoder as a conditioner: Stable Diffusion 1 (CLIP-L), 2 (OpenCLIP-H) and XL (CLIP-L beside OpenCLIP-bigG)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+import ldmkit.config
+from ldmkit.checkpoints.files import read_json
+from ldmkit.config import AssetPath
+from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError
+from ldmkit.interfaces import Condition, Conditioner
+from ldmkit_text.prompts import PromptEncoder, check_prompts
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Stable Diffusion 1; XL's first encoder is the same with layer="penultimate", final_layer_norm=False.
+    "clip-l": {},
+    # Stable Diffusion 2 uses the penultimate of 24 layers; its files leave the 24th out, so it is the last of 23.
+    "open-clip-h": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 23,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "pad_token": "!",
+    },
+    # Stable Diffusion XL's second encoder.
+    "open-clip-bigg": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+        "pad_token": "!",
+        "layer": "penultimate",
+        "final_layer_norm": False,
+        "pooled": True,
+    },
+}
+"""Values of `CLIPTextConditioner.Config` for the encoders people have; `vocab` and `merges` are to be added."""
+
+
+class CLIPTextConditioner(Conditioner):
+    """Prompts => (B, max_position_embeddings, hidden_size) tokens of one of CLIP's layers, and a pooled vector if wanted.
+
+    As in Stable Diffusion, padding is attended to, so there is no mask. State-dict keys are those of transformers (>= 5.6)
+    `CLIPTextModel`, whichever class transformers needs for them: without `text_model.`, and with `text_projection.weight` where
+    there is one. `from_huggingface` reads files of either naming.
+    """
+
+    class Config(ldmkit.config.Config):
+        """Architecture as in transformers' `CLIPTextConfig`, and what is taken from it. The defaults are CLIP-L's.
+
+        Attributes:
+            vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`.
+            vocab_size: rows of the embedding table; None = the entries of `vocab`.
+            projection_dim: width of the pooled vector's projection; None = there is none.
+            eos_token_id: where the pooled vector is taken: the first such token; None = <|endoftext|>; 2 = the highest id, as
+                transformers treats old configs that say 2.
+            pad_token: <|endoftext|>, or "!" for OpenCLIP. As in transformers, a "!" in a prompt then means padding too.
+            layer: the hidden state to take: "last", "penultimate", or its index, 0 = the embeddings, -1 = the last.
+            final_layer_norm: apply CLIP's last LayerNorm to it (Stable Diffusion 1 and 2) or not (XL).
+            pooled: also give the projected <|endoftext|> token of the last layer, as `vector_BC`.
+        """
+
+        vocab: AssetPath
+        merges: AssetPath
+        vocab_size: int | None = Field(None, ge=1)
+        hidden_size: int = Field(768, ge=1)
+        intermediate_size: int = Field(3072, ge=1)
+        num_hidden_layers: int = Field(12, ge=1)
+        num_attention_heads: int = Field(12, ge=1)
+        hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+        max_position_embeddings: int = Field(77, ge=3)
+        projection_dim: int | None = Field(None, ge=1)
+        eos_token_id: int | None = Field(None, ge=0)
+        layer_norm_eps: float = Field(1e-5, gt=0)
+        pad_token: str = EOS
+        layer: Literal["last", "penultimate"] | int = "last"
+        final_layer_norm: bool = True
+        pooled: bool = False
+
+        @model_validator(mode="after")
+        def _fits(self) -> Self:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+                )
+            n = self.num_hidden_layers
+            if isinstance(self.layer, int) and not -n - 1 <= self.layer <= n:
+                raise ValueError(f"layer {self.layer} is outside -{n + 1} to {n}, the hidden states of {n} layers")
+            return self
+
+        @property
+        def layer_index(self) -> int:
+            """The hidden state `layer` names, from 0 (the embeddings) to num_hidden_layers."""
+            index = {"last": -1, "penultimate": -2}[self.layer] if isinstance(self.layer, str) else self.layer
+            return index % (self.num_hidden_layers + 1)
+
+    config: CLIPTextConditioner.Config
+    null_input = ""
+
+    def __init__(self, config: CLIPTextConditioner.Config) -> None:
+        super().__init__()
+        self.config = config
+        vocab, merges = _read_vocab(config)
+        self.provides = frozenset({"tokens_BLC", "vector_BC"} if config.pooled else {"tokens_BLC"})
+        try:
+            tokenizer = CLIPTokenizer(vocab, merges, pad_token=config.pad_token).backend_tokenizer
+        except Exception as error:  # the library raises a bare Exception
+            raise CheckpointError(f"{config.merges} does not fit {config.vocab}: {error}") from None
+        self.prompt_encoder = PromptEncoder(
+            tokenizer,
+            max_length=config.max_position_embeddings,
+            pad_token=config.pad_token,
+            pad_id=vocab[config.pad_token],
+        )
+        model_class = CLIPTextModel if config.projection_dim is None else CLIPTextModelWithProjection
+        model = model_class(_clip_config(config, vocab))
+        # Its parts are registered, it is not: names then do not depend on how transformers nests, and it sees them move and load.
+        self._clip = (model,)
+        body = getattr(model, "text_model", model)
+        self.embeddings, self.encoder, self.final_layer_norm = body.embeddings, body.encoder, body.final_layer_norm
+        if config.projection_dim is not None:
+            self.text_projection = model.text_projection
+
+    def check(self, inputs: Sequence[Any]) -> None:
+        """Raise InputTypeError or InputError unless the inputs are a list of strings."""
+        check_prompts(inputs)
+
+    def forward(self, inputs: Sequence[str], *, clip_skip: int | None = None) -> Condition:
+        """Prompts => tokens (B, max_position_embeddings, hidden_size) and, if `pooled`, a vector (B, projection_dim).
+
+        Args:
+            clip_skip: take the tokens this many layers before the configured one, as in diffusers.
+
+        Raises:
+            InputTypeError, InputError: as `check`, and for a clip_skip that is no integer or leaves no layer.
+
+        Warns:
+            PromptTruncatedWarning: for a prompt that does not fit, quoting what is cut off.
+        """
+        self.check(inputs)
+        index = self._layer_index(clip_skip)
+        ids_BL, _ = self.prompt_encoder(inputs)
+        output = self._clip[0](input_ids=ids_BL.to(self.embeddings.token_embedding.weight.device), output_hidden_states=True)
+        tokens_BLC: Tensor = output.hidden_states[index]
+        if self.config.final_layer_norm:
+            tokens_BLC = self.final_layer_norm(tokens_BLC)
+        if not self.config.pooled:
+            return Condition(tokens_BLC=tokens_BLC)
+        vector_BC = output.pooler_output if self.config.projection_dim is None else output.text_embeds
+        return Condition(tokens_BLC=tokens_BLC, vector_BC=vector_BC)
+
+    def _layer_index(self, clip_skip: int | None) -> int:
+        index = self.config.layer_index
+        if clip_skip is None:
+            return index
+        if not isinstance(clip_skip, int) or isinstance(clip_skip, bool):
+            raise InputTypeError(f"clip_skip must be an integer, got {clip_skip!r} of type {type(clip_skip).__name__}")
+        if not 0 <= clip_skip <= index:
+            raise InputError(f"clip_skip = {clip_skip} is outside 0 to {index}, the layers before the one in use")
+        return index - clip_skip
+
+    @classmethod
+    def from_huggingface(cls, folder: str | Path, tokenizer: str | Path | None = None, **changes: Any) -> Self:
+        """Pretrained weights from a local folder with `config.json` and `model.safetensors`, in evaluation mode.
+
+        Args:
+            tokenizer: the folder with `vocab.json` and `merges.txt` (a pipeline's `tokenizer`); None = `folder`.
+            changes: fields of the config to set otherwise: `layer`, `pooled` and the like, which are not in the files.
+
+        Raises:
+            CheckpointError: for a missing or damaged file. ConfigError: for a model that is no CLIP text encoder.
+            ArchitectureMismatchError: listing every key that does not fit.
+        """
+        from ldmkit_text.huggingface import clip_config_values, load_clip
+
+        folder = Path(folder)
+        conditioner = cls.build(**{**clip_config_values(folder, Path(tokenizer or folder)), **changes})
+        load_clip(conditioner, folder)
+        return conditioner.eval()
+
+
+def _read_vocab(config: CLIPTextConditioner.Config) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary, piece => id, and the merges, best first. Raises: CheckpointError, ConfigError."""
+    vocab = read_json(Path(config.vocab))
+    if not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str):
+        raise CheckpointError(f"vocabulary {config.vocab} must map pieces to the numbers from 0 on, each once")
+    lacking = [token for token in (BOS, EOS, config.pad_token) if token not in vocab]
+    if lacking:
+        raise CheckpointError(f"vocabulary {config.vocab} lacks {', '.join(lacking)}")
+    if config.vocab_size is not None and config.vocab_size < len(vocab):
+        raise ConfigError(f"vocab_size {config.vocab_size} is less than the {len(vocab)} pieces of {config.vocab}")
+    try:
+        lines = Path(config.merges).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise CheckpointError(f"merges {config.merges} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"merges {config.merges} is not UTF-8 text: {error}") from None
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        first, space, second = line.partition(" ")
+        if not (first and space and second) or " " in second:
+            raise CheckpointError(f"merges {config.merges}: line {number} is not two pieces with a space between: {line!r}")
+        merges.append((first, second))
+    return vocab, merges
+
+
+def _clip_config(config: CLIPTextConditioner.Config, vocab: Mapping[str, int]) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=config.vocab_size or len(vocab),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        hidden_act=config.hidden_act,
+        max_position_embeddings=config.max_position_embeddings,
+        projection_dim=config.projection_dim or config.hidden_size,
+        layer_norm_eps=config.layer_norm_eps,
+        bos_token_id=vocab[BOS],
+        eos_token_id=vocab[EOS] if config.eos_token_id is None else config.eos_token_id,
+        pad_token_id=vocab[config.pad_token],
+    )
