@@ -1,0 +1,58 @@
+"""The specification: every hook is documented by an example that runs, and names are well-formed."""
+
+import doctest
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldmkit.errors import PluginError
+from ldmkit.plugin import spec
+from ldmkit.plugin.manager import hook_names
+from ldmkit.plugin.spec import Component
+
+WORD = st.from_regex(r"[a-z0-9]+(\+?)[a-z0-9]*", fullmatch=True)
+
+
+@pytest.mark.parametrize("hook", hook_names())
+def test_every_hook_has_an_example_that_runs(hook):
+    function = getattr(spec, hook)
+    (test,) = doctest.DocTestFinder(recurse=False).find(function, hook, globs={})
+    assert any(hook in example.source for example in test.examples)
+    results = doctest.DocTestRunner().run(test)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_the_module_a_plugin_author_imports_is_light():
+    code = (
+        "import sys, ldmkit.plugin.spec; print([m for m in ('torch', 'transformers', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@given(st.lists(WORD, min_size=1, max_size=3))
+def test_names_are_words_joined_with_hyphens(words):
+    name = "-".join(words)
+    assert Component(kind="sampler", name=name, target="a.b:C").name == name
+
+
+@pytest.mark.parametrize("name", ["", "Euler", "euler a", "euler_a", "-euler", "euler-", "a--b", "one:two"])
+def test_other_names_are_refused(name):
+    with pytest.raises(PluginError, match="use lower-case words joined with hyphens"):
+        Component(kind="sampler", name=name, target="a.b:C")
+
+
+@pytest.mark.parametrize("target", ["", "a.b", "a.b:", ":C"])
+def test_other_targets_are_refused(target):
+    with pytest.raises(PluginError, match="is not of the form 'package.module:Class'"):
+        Component(kind="sampler", name="x", target=target)
+
+
+def test_components_are_frozen_data():
+    component = Component(kind="sampler", name="x", target="a.b:C")
+    with pytest.raises(AttributeError):
+        component.name = "y"  # type: ignore[misc]
+    assert component == Component(kind="sampler", name="x", target="a.b:C")
