@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.kernels.backends import Implementation, choose, register
-from ldmkit.kernels.geglu import reference
+from ldmkit.kernels.compiled import lacks
+from ldmkit.kernels.geglu import compiled, reference
 
 
 def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -32,4 +34,8 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
     return result
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 register("geglu", "reference", Implementation(call=reference.geglu))
+for _device in ("cpu", "cuda"):
+    register("geglu", _device, Implementation(call=compiled.geglu, device=_device, dtypes=_DTYPES, missing=lacks(_device)))

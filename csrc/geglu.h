@@ -1,0 +1,29 @@
+// GEGLU: (rows, 2n) => (rows, n), first half times GELU of the second half. Free of torch: raw pointers, strides in elements.
+#pragma once
+
+#include <cstdint>
+
+namespace ldmkit {
+
+enum class Dtype : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+
+// One slice of a matrix, `columns` of them from `column` on in rows [row_begin, row_end). All strides are between rows.
+struct GegluSlice {
+  int64_t n, row_begin, row_end, column, columns;
+};
+
+void geglu_forward_cpu(Dtype dtype, const void* x, int64_t x_stride, void* y, const GegluSlice& slice);
+
+// grad_x is a dense (rows, 2n); y of the forward is a dense (rows, n).
+void geglu_backward_cpu(Dtype dtype, const void* grad, int64_t grad_stride, const void* x, int64_t x_stride, void* grad_x,
+                        const GegluSlice& slice);
+
+// The instruction set the two above use on this machine: "avx512", "avx2" or "baseline".
+const char* cpu_capability();
+
+// CUDA launchers return a cudaError_t, 0 for success, and do not wait. `stream` is a cudaStream_t.
+int geglu_forward_cuda(Dtype dtype, const void* x, int64_t x_stride, void* y, int64_t rows, int64_t n, void* stream);
+int geglu_backward_cuda(Dtype dtype, const void* grad, int64_t grad_stride, const void* x, int64_t x_stride, void* grad_x,
+                        int64_t rows, int64_t n, void* stream);
+
+}  // namespace ldmkit

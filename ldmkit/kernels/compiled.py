@@ -1,0 +1,43 @@
+"""The compiled extension ldmkit._C, or why there is none."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+BUILD_COMMANDS = (
+    "`pip install --no-build-isolation -e .` in a checkout, or `pip install --no-build-isolation --force-reinstall --no-deps ldmkit`"
+)
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    if importlib.util.find_spec("ldmkit._C") is None:
+        return None, f"the compiled kernels are absent: the build could not see torch; build them with {BUILD_COMMANDS}"
+    try:
+        import ldmkit._C as extension
+    except ImportError as error:  # most often another torch than the one it was built with
+        return None, f"the compiled kernels cannot be loaded ({error}); rebuild them with {BUILD_COMMANDS}"
+    return extension, None
+
+
+EXTENSION, ABSENT = _load()
+"""The module and None, or None and the reason."""
+
+
+def build_info() -> dict[str, Any] | None:
+    """How the extension was built: the torch version, the compiler, whether with CUDA, and the CPU's instruction set in use."""
+    return None if EXTENSION is None else dict(EXTENSION.build_info())
+
+
+def lacks(device: str) -> str | None:
+    """Why the extension cannot serve "cpu" or "cuda" tensors on this machine; None where it can."""
+    import torch
+
+    if EXTENSION is None:
+        return ABSENT
+    if device == "cuda" and not EXTENSION.build_info()["cuda"]:
+        return f"this build is for the CPU only (torch without CUDA, or no nvcc); rebuild with {BUILD_COMMANDS}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    return None

@@ -1,0 +1,92 @@
+"""Builds ldmkit._C, the compiled kernels, when torch can be seen from here; everything else is in pyproject.toml.
+
+LDMKIT_BUILD decides what is compiled: "auto" (the default: for the CPU if torch is importable, for CUDA too if it is a CUDA torch
+and nvcc is there), "python" (nothing; ldmkit works without), "cpu", or "cuda". pip hides torch from a build unless told
+--no-build-isolation, which is how a build from a checkout should run:
+
+    pip install --no-build-isolation -e .
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import Any
+
+from setuptools import setup
+
+CHOICES = ("auto", "python", "cpu", "cuda")
+
+
+def decide(choice: str) -> tuple[str, str]:
+    """What LDMKIT_BUILD = `choice` means on this machine: ("python" | "cpu" | "cuda", why).
+
+    Raises:
+        SystemExit: an unknown choice, or one that cannot be met here.
+    """
+    if choice not in CHOICES:
+        raise SystemExit(f"ldmkit: LDMKIT_BUILD is {choice!r}; it must be one of {', '.join(CHOICES)}")
+    if choice == "python":
+        return "python", "LDMKIT_BUILD=python asks for none"
+    if importlib.util.find_spec("torch") is None:
+        why = "torch cannot be imported from this build; install torch first, then build with --no-build-isolation"
+        if choice != "auto":
+            raise SystemExit(f"ldmkit: LDMKIT_BUILD={choice}, but {why}")
+        return "python", why
+    lacking = cuda_lacks()
+    if choice == "cuda" and lacking:
+        raise SystemExit(f"ldmkit: LDMKIT_BUILD=cuda, but {lacking}")
+    if choice == "cpu" or lacking:
+        return "cpu", lacking or "LDMKIT_BUILD=cpu asks for the CPU only"
+    return "cuda", "torch has CUDA and nvcc is here"
+
+
+def cuda_lacks() -> str | None:
+    """Why CUDA kernels cannot be built here; None where they can."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if CUDA_HOME is None:
+        return "nvcc was not found: put it on PATH or set CUDA_HOME"
+    return None
+
+
+def extension(kind: str) -> dict[str, Any]:
+    """The setup() arguments that build ldmkit._C for "cpu" or "cuda"."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    # The kernels rely on vectors that never cross a call (-Wno-psabi) and on no flag that reorders floating-point arithmetic.
+    cxx = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+    link = []
+    if sys.platform == "linux":  # at::parallel_for runs serially without
+        cxx.append("-fopenmp")
+        link.append("-fopenmp")
+    sources = ["csrc/binding.cpp", "csrc/geglu.cpp"]
+    depends = ["csrc/geglu.h", "csrc/vector.h"]
+    if kind == "cuda":
+        module = CUDAExtension(
+            "ldmkit._C",
+            [*sources, "csrc/geglu.cu"],
+            depends=depends,
+            define_macros=[("LDMKIT_CUDA", None)],
+            extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
+            extra_link_args=link,
+        )
+    else:
+        module = CppExtension("ldmkit._C", sources, depends=depends, extra_compile_args=cxx, extra_link_args=link)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def main() -> None:
+    """Decides, says so, and hands over to setuptools."""
+    kind, why = decide(os.environ.get("LDMKIT_BUILD", "auto"))
+    compiled = {"python": "no compiled kernels", "cpu": "compiled kernels for the CPU", "cuda": "compiled kernels for CPU and CUDA"}
+    print(f"ldmkit: building with {compiled[kind]} ({why})", file=sys.stderr)
+    setup(**({} if kind == "python" else extension(kind)))
+
+
+if __name__ == "__main__":
+    main()
