@@ -21,7 +21,9 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror or error}; choose another folder or fix its rights") from None
+        raise OutputError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder or fix its rights"
+        ) from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:

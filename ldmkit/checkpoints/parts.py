@@ -19,7 +19,7 @@ DType = torch.dtype | Literal["auto"]
 
 
 def describe_part(part: Part) -> dict[str, Any]:
-    """A part as plain data: kind, registered name, distribution, config. Raises: PluginError if no plugin registers its class."""
+    """A part as plain data: kind, registered name, distribution, config. Raises: PluginError if unregistered."""
     component, distribution = registry().component_of(type(part))
     return {
         "kind": component.kind,
@@ -96,7 +96,9 @@ def restore_part(
                 raise ConfigError(f"{folder / 'part.json'}: {field} = {asset!r} must be the bare name of a file in that folder")
             values[field] = str(folder / asset)
     config = part_class.Config.parse(values, owner=f"{found} {name!r} in {folder}")
-    with torch.random.fork_rng(devices=[]):  # initial values are about to be overwritten: the caller's random state is not spent on them
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # initial values are about to be overwritten: the caller's random state is not spent on them
         part = part_class(config)
     if isinstance(part, nn.Module):
         load_module(part, folder, dtype=dtype, device=device)

@@ -96,12 +96,14 @@ def _check_whole(path: Path) -> None:
             header: dict[str, Any] = json.loads(file.read(length))
             ends = {key: 8 + length + entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"weights file {path} is not a safetensors file, or its header is corrupt ({error})") from None
+            raise CheckpointError(
+                f"weights file {path} is not a safetensors file, or its header is corrupt ({error})"
+            ) from None
     lost = sorted((end, key) for key, end in ends.items() if end > size)
     if lost:
         raise CheckpointError(
-            f"weights file {path} is truncated: it has {size} bytes of {lost[-1][0]}, and {len(lost)} of {len(ends)} tensors are "
-            f"cut off, the first being {lost[0][1]!r}; fetch it again"
+            f"weights file {path} is truncated: it has {size} bytes of {lost[-1][0]}, and {len(lost)} of {len(ends)} tensors "
+            f"are cut off, the first being {lost[0][1]!r}; fetch it again"
         )
 
 

@@ -92,6 +92,21 @@ class Registry:
             raise InputError(f"a pipeline is loaded, not built: ldmkit.Pipeline.from_pretrained({name!r})")
         return self.load(kind, name).build(**config)
 
+    def component_of(self, part: type) -> tuple[Component, str]:
+        """The line that registers a part's class, and the distribution it comes from (what a saved part is named by).
+
+        Raises:
+            PluginError: when no plugin registers the class.
+        """
+        for plugin in self._plugins:
+            for component in plugin.components:
+                if component.target == f"{part.__module__}:{part.__qualname__}":
+                    return component, plugin.distribution
+        raise PluginError(
+            f"{part.__module__}.{part.__qualname__} is not registered, so a saved copy could not be found again: list it in a "
+            f"plugin's ldmkit_components with target '{part.__module__}:{part.__qualname__}'"
+        )
+
     def _find(self, kind: str, name: str) -> tuple[Plugin, Component]:
         _known_kind(kind)
         if not isinstance(name, str):

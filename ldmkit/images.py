@@ -1,0 +1,155 @@
+"""Pictures in and out: PIL, numpy and torch images <=> raw pixels in [-1, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldmkit.errors import InputError, InputTypeError
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Images => raw pixels in [-1, 1], float32 (B, C, H, W).
+
+    Args:
+        images: a PIL image, an array (H, W, C) or (B, H, W, C) in [0, 1] or uint8, a tensor (C, H, W) or (B, C, H, W)
+            in [-1, 1] (or in [0, 1], which it is taken for when nothing in it is negative, as diffusers does), or a list of these.
+        channels: 3 or 1; PIL images are converted.
+        size: (height, width) to resize PIL images to.
+
+    Raises:
+        InputTypeError: for anything else. InputError: for wrong shapes, differing sizes, or values out of range.
+    """
+    entries = list(images) if isinstance(images, list | tuple) else [images]
+    if not entries:
+        raise InputError("an empty list of images was given")
+    batches = [_one(entry, channels, size) for entry in entries]
+    sizes = {tuple(batch.shape[2:]) for batch in batches}
+    if len(sizes) > 1:
+        raise InputError(f"images of one call must have one size, got (height, width) {sorted(sizes)}; resize them first")
+    return torch.cat(batches)
+
+
+def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB" if channels == 3 else "L")
+        if size is not None and image.size != size[::-1]:
+            image = image.resize(size[::-1], Image.Resampling.LANCZOS)
+        image = np.asarray(image)
+        image = image if image.ndim == 3 else image[..., None]
+    if isinstance(image, np.ndarray):
+        x_BHWC = image[None] if image.ndim == 3 else image
+        if x_BHWC.ndim != 4:
+            raise InputError(f"an image array must be (H, W, C) or (B, H, W, C), got shape {image.shape}")
+        x = torch.from_numpy(np.ascontiguousarray(x_BHWC)).permute(0, 3, 1, 2)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        if x.numel() and not (x.min() >= 0 and x.max() <= 1):
+            raise InputError(f"an image array must be in [0, 1] (or uint8), got [{x.min():g}, {x.max():g}]")
+        x = 2 * x - 1
+    elif isinstance(image, Tensor):
+        x = (image[None] if image.ndim == 3 else image).float()
+        if x.ndim != 4:
+            raise InputError(f"an image tensor must be (C, H, W) or (B, C, H, W), got shape {tuple(image.shape)}")
+        if x.numel() and not (x.min() >= -1 and x.max() <= 1):
+            raise InputError(f"an image tensor must be in [-1, 1], got [{x.min():g}, {x.max():g}]")
+        x = x if x.min() < 0 else 2 * x - 1
+    else:
+        raise InputTypeError(
+            f"an image must be a PIL image, a numpy array, a tensor or a list of them, got {type(image).__name__}"
+        )
+    if x.shape[1] != channels:
+        raise InputError(f"an image with {x.shape[1]} channels was given where {channels} are needed")
+    if size is not None and tuple(x.shape[2:]) != size:
+        raise InputError(f"the image is {x.shape[2]} x {x.shape[3]}, but height x width = {size[0]} x {size[1]} was asked for")
+    return x
+
+
+def to_mask(mask: Any, *, size: tuple[int, int]) -> Tensor:
+    """A mask image => float32 (B, 1, H, W) of 0 (keep) and 1 (repaint); white, above one half, is repainted.
+
+    Takes what `to_pixels` takes, and arrays (H, W) or tensors (H, W), (1, H, W) with values in [0, 1].
+
+    Raises:
+        InputError: when its size differs from the image's, with both.
+    """
+    entries = list(mask) if isinstance(mask, list | tuple) else [mask]
+    planes = []
+    for entry in entries:
+        if isinstance(entry, Image.Image):
+            entry = np.asarray(entry.convert("L"))
+        if isinstance(entry, np.ndarray):
+            scale = 255 if entry.dtype == np.uint8 else 1
+            entry = torch.from_numpy(np.ascontiguousarray(entry)).float() / scale
+            entry = entry.squeeze(-1) if entry.ndim == 3 and entry.shape[-1] == 1 else entry
+        if not isinstance(entry, Tensor):
+            raise InputTypeError(
+                f"a mask must be a PIL image, a numpy array, a tensor or a list of them, got {type(entry).__name__}"
+            )
+        entry = entry.float()
+        if not 2 <= entry.ndim <= 4 or (entry.ndim == 4 and entry.shape[1] != 1):
+            raise InputError(f"a mask must be (H, W), (1, H, W) or (B, 1, H, W), got shape {tuple(entry.shape)}")
+        plane = entry[:, None] if entry.ndim == 3 else entry.reshape(-1, 1, *entry.shape[-2:])
+        if plane.numel() and not (plane.min() >= 0 and plane.max() <= 1):
+            raise InputError(f"a mask must be in [0, 1] (or uint8), got [{plane.min():g}, {plane.max():g}]")
+        if tuple(plane.shape[-2:]) != size:
+            raise InputError(
+                f"mask_image is {plane.shape[-2]} x {plane.shape[-1]} (height x width) and the image {size[0]} x {size[1]}; "
+                "they must be of one size"
+            )
+        planes.append(plane)
+    return (torch.cat(planes) >= 0.5).float()
+
+
+def from_pixels(x_BCHW: Tensor, output_type: OutputType) -> Any:
+    """Raw pixels in [-1, 1] => PIL images, a numpy array (B, H, W, C) in [0, 1] or a tensor (B, C, H, W) in [0, 1]."""
+    x = (x_BCHW.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return x
+    array = x.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    pixels = (array * 255).round().astype(np.uint8)
+    return [Image.fromarray(p.squeeze(-1) if p.shape[-1] == 1 else p) for p in pixels]
+
+
+def grid(
+    images: Sequence[Image.Image], *, columns: int | None = None, gap: int = 4, labels: Sequence[str] | None = None
+) -> Image.Image:
+    """Pictures side by side on white, in rows, each with an optional line of text beneath."""
+    from PIL import ImageDraw, ImageFont
+
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    font = ImageFont.load_default(size=max(9, width // 12))
+    line = 0 if labels is None else 2 * int(font.size * 1.25)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, image in enumerate(images):
+        x, y = gap + k % columns * (width + gap), gap + k // columns * (height + line + gap)
+        sheet.paste(image, (x, y))
+        if labels is not None:
+            draw.multiline_text((x, y + height), _wrapped(labels[k], width, font), fill="black", font=font, spacing=1)
+    return sheet
+
+
+def _wrapped(text: str, width: int, font: Any) -> str:
+    """At most two lines that fit; what is left out is shown by an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        elif len(lines) == 2:
+            lines[-1] += "…"
+            break
+        else:
+            lines.append(word)
+    return "\n".join(lines)
