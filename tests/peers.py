@@ -1,0 +1,127 @@
+"""diffusers as an oracle: its schedulers without their float32 roundings, and its three loops, written out.
+
+diffusers rounds its tables and, in Euler's steps, the latents to float32. Inside `in_float64` the schedulers' modules see a
+`torch` and a `numpy` whose float32 is float64, so the same code computes in float64 throughout.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ldmkit.schedule import NoiseSchedule
+
+SCHEDULERS: dict[str, type] = {
+    "ddpm": diffusers.DDPMScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
+}
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, t, c) => raw prediction; c is (B, 1), the condition."""
+
+
+class _Widened:
+    """A module whose float32 is its float64."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, "float64" if name == "float32" else name)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """diffusers' schedulers made, set and stepped inside compute in float64.
+
+    DDPM's floor of 1e-20 under the variance, which adds 1e-10 of noise to the finished image, is taken away as well.
+    """
+    variance = diffusers.DDPMScheduler._get_variance
+
+    def without_floor(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        value = variance(self, *args, **kwargs)
+        return torch.where(value == 1e-20, 0.0, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers.DDPMScheduler, "_get_variance", without_floor)
+        for scheduler in SCHEDULERS.values():
+            module = sys.modules[scheduler.__module__]
+            patch.setattr(module, "torch", _Widened(module.torch))
+            patch.setattr(module, "np", _Widened(module.np))
+        yield
+
+
+def scheduler(name: str, schedule: NoiseSchedule.Config, prediction_type: str, **options: Any) -> Any:
+    """diffusers' scheduler for our schedule."""
+    values: dict[str, Any] = {**schedule.to_dict(), "prediction_type": prediction_type, **options}
+    if name in ("ddpm", "ddim"):
+        values["clip_sample"] = False
+    if name != "ddim":
+        del values["set_alpha_to_one"]
+    return SCHEDULERS[name](**values)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a pipeline, as diffusers' pipelines understand it.
+
+    Attributes:
+        shape: of the latents.
+        start: x0 to start from (image-to-image, inpainting).
+        mask: 1 where inpainting paints.
+    """
+
+    shape: tuple[int, ...]
+    steps: int
+    guidance_scale: float
+    condition: float = 0.7
+    negative: float = -0.4
+    start: Tensor | None = None
+    strength: float = 1.0
+    mask: Tensor | None = None
+
+    @property
+    def first_step(self) -> int:
+        """`get_timesteps(strength)` of StableDiffusionImg2ImgPipeline."""
+        return max(self.steps - min(int(self.steps * self.strength), self.steps), 0)
+
+
+def run(
+    peer: Any, network: Network, job: Job, generator: torch.Generator, *, dtype: torch.dtype, eta: float | None = None
+) -> Tensor:
+    """The final latents of StableDiffusionPipeline, -Img2ImgPipeline or -InpaintPipeline, in their order of calls and draws."""
+    peer.set_timesteps(job.steps)
+    timesteps = peer.timesteps[job.first_step :]
+    if hasattr(peer, "set_begin_index"):
+        peer.set_begin_index(job.first_step)
+    noise = randn_tensor(job.shape, generator=generator, dtype=dtype)
+    if job.start is None or (job.mask is not None and job.strength == 1):
+        x = noise * peer.init_noise_sigma
+    else:
+        x = peer.add_noise(job.start, noise, timesteps[:1])
+    c = torch.tensor([[job.negative]] * len(x) + [[job.condition]] * len(x), dtype=dtype)
+    options = {"generator": generator} if eta is None else {"generator": generator, "eta": eta}
+    if isinstance(peer, diffusers.EulerDiscreteScheduler):
+        del options["generator"]
+    for i, t in enumerate(timesteps):
+        both = peer.scale_model_input(torch.cat([x, x]), t)
+        without, with_ = network(both, t.to(dtype).expand(len(both)), c).chunk(2)
+        x = peer.step(without + job.guidance_scale * (with_ - without), t, x, **options).prev_sample
+        if job.mask is not None:
+            kept = job.start
+            if i + 1 < len(timesteps):
+                kept = peer.add_noise(kept, noise, timesteps[i + 1 : i + 2])
+            x = (1 - job.mask) * kept + job.mask * x
+    return x
