@@ -116,9 +116,12 @@ def test_plugins_as_table_and_json(capsys):
 
 
 def test_plugins_shows_failures_blocks_and_clashes(capsys, monkeypatch, tmp_path):
-    hook = "from ldmkit.plugin.spec import *\n@hookimpl\ndef ldmkit_components(): return [Component(kind='sampler', name='x', target='a:B')]"
+    hook = (
+        "from ldmkit.plugin.spec import Component, hookimpl\n"
+        "@hookimpl\ndef ldmkit_components(): return [Component(kind='sampler', name='x', target='a:B')]"
+    )
     for name, source in {"broken": "raise RuntimeError('no luck')", "one": hook, "two": hook, "off": hook}.items():
-        (tmp_path / f"cli_{name}.py").write_text(source.replace("import *", "import Component, hookimpl"))
+        (tmp_path / f"cli_{name}.py").write_text(source)
         info = tmp_path / f"{name}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -146,7 +149,7 @@ def test_schema(capsys):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["sampler", "dddim"], "did you mean 'ddim'?"),
+        (["sampler", "eulr"], "did you mean 'euler'"),
         (["smapler", "ddim"], "did you mean 'sampler'?"),
         (["pipeline", "emoji"], "a pipeline has no config of its own"),
     ],

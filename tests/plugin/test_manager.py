@@ -76,8 +76,8 @@ def test_an_interface_range_that_fits(site, answer):
 def test_entry_points_may_name_an_object(site):
     site.install(
         "objects",
-        HEAD
-        + "class P:\n @hookimpl\n def ldmkit_components(self): return [Component(kind='sampler', name='x', target='a:B')]\np = P()",
+        HEAD + "class P:\n @hookimpl\n def ldmkit_components(self):\n"
+        "  return [Component(kind='sampler', name='x', target='a:B')]\np = P()",
     )
     (site.folder / "objects-1.0.dist-info" / "entry_points.txt").write_text("[ldmkit]\nobj = fake_objects:p\n")
     assert [c.name for c in site.plugin().components] == ["x"]

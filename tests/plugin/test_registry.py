@@ -81,7 +81,7 @@ def test_build_validates_the_config(part):
     ],
 )
 def test_a_target_that_breaks_its_promise(part, target, told):
-    with pytest.raises(PluginError, match="the sampler 'slow' of mine 1.0") as caught:
+    with pytest.raises(PluginError, match=r"the sampler 'slow' of mine 1\.0") as caught:
         part(target).load("sampler", "slow")
     assert told in str(caught.value)
 
@@ -101,7 +101,7 @@ def test_a_target_that_raises_keeps_the_cause(part):
 
 def test_a_targets_own_named_error_passes_through(part):
     source = "from ldmkit.errors import MissingDependencyError\nraise MissingDependencyError('pip install x')"
-    with pytest.raises(MissingDependencyError, match="^pip install x$"):
+    with pytest.raises(MissingDependencyError, match=r"^pip install x$"):
         part("fake_target:Slow", source).load("sampler", "slow")
 
 
@@ -224,3 +224,11 @@ def test_a_plugin_that_asks_for_parts_on_import_is_told_not_to(site, monkeypatch
     with pytest.warns(UserWarning, match="do so in a part's target, not on import"):
         (plugin,) = module.registry().plugins
     assert plugin.state == "failed"
+
+
+def test_the_line_that_registers_a_class_is_found_again(part):
+    registry = part("fake_target:Slow")
+    slow = registry.load("sampler", "slow")
+    assert registry.component_of(slow) == (registry.find("sampler", "slow"), "mine")
+    with pytest.raises(PluginError, match=r"fake_target\.Halfway is not registered"):
+        registry.component_of(sys.modules["fake_target"].Halfway)
