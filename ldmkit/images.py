@@ -19,8 +19,8 @@ def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None
     """Images => raw pixels in [-1, 1], float32 (B, C, H, W).
 
     Args:
-        images: a PIL image, an array (H, W, C) or (B, H, W, C) in [0, 1] or uint8, a tensor (C, H, W) or (B, C, H, W)
-            in [-1, 1] (or in [0, 1], which it is taken for when nothing in it is negative, as diffusers does), or a list of these.
+        images: a PIL image; an array (H, W, C) or (B, H, W, C) in [0, 1] or uint8; a tensor (C, H, W) or (B, C, H, W) in
+            [-1, 1] (taken to be in [0, 1] when nothing in it is negative, as diffusers does); or a list of these.
         channels: 3 or 1; PIL images are converted.
         size: (height, width) to resize PIL images to.
 
@@ -42,7 +42,7 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
         image = image.convert("RGB" if channels == 3 else "L")
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.LANCZOS)
-        image = np.asarray(image)
+        image = np.array(image)
         image = image if image.ndim == 3 else image[..., None]
     if isinstance(image, np.ndarray):
         x_BHWC = image[None] if image.ndim == 3 else image
@@ -83,7 +83,7 @@ def to_mask(mask: Any, *, size: tuple[int, int]) -> Tensor:
     planes = []
     for entry in entries:
         if isinstance(entry, Image.Image):
-            entry = np.asarray(entry.convert("L"))
+            entry = np.array(entry.convert("L"))
         if isinstance(entry, np.ndarray):
             scale = 255 if entry.dtype == np.uint8 else 1
             entry = torch.from_numpy(np.ascontiguousarray(entry)).float() / scale
