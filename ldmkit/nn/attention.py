@@ -31,7 +31,8 @@ class Context:
 
 def split_heads(x_BLC: Tensor, heads: int) -> Tensor:
     """(B, L, C) => (B, heads, L, C / heads)."""
-    return x_BLC.unflatten(-1, (heads, -1)).transpose(1, 2)
+    batch, length, channels = x_BLC.shape
+    return x_BLC.view(batch, length, heads, channels // heads).transpose(1, 2)
 
 
 def merge_heads(x_BHLD: Tensor) -> Tensor:
@@ -93,4 +94,5 @@ class AttentionBlock(nn.Module):
         h_BLC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(project(h_BLC), self.heads) for project in (self.to_q, self.to_k, self.to_v))
         out_BLC = self.to_out[0](merge_heads(cross_attention(q, k, v)))
-        return x_BCHW + out_BLC.transpose(1, 2).unflatten(2, x_BCHW.shape[2:])
+        out_BCHW: Tensor = x_BCHW + out_BLC.transpose(1, 2).reshape(x_BCHW.shape)
+        return out_BCHW

@@ -44,8 +44,8 @@ class ResBlock(nn.Module):
         if self.time_emb_proj is not None:
             h_BCHW = h_BCHW + self.time_emb_proj(time_BC)[:, :, None, None]
         h_BCHW = self.conv2(self.dropout(self.norm2(h_BCHW)))
-        shortcut_BCHW: Tensor = x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
-        return shortcut_BCHW + h_BCHW
+        out: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
+        return out
 
 
 class Downsample(nn.Module):

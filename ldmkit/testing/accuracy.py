@@ -35,7 +35,7 @@ def assert_as_accurate(
     bound = factor * peer_error + eps_multiple * torch.finfo(ours.dtype).eps * size
     worst = int(error.argmax())
     assert float(error.max()) <= bound, (
-        f"{what}: our error {float(error.max()):.3e} exceeds {bound:.3e} = {factor:g} x the peer's {peer_error:.3e} + {eps_multiple:g} "
-        f"eps x max|exact| ({size:.3e}); worst at flat index {worst}: ours {float(ours.flatten()[worst]):.9g}, "
+        f"{what}: our error {float(error.max()):.3e} exceeds {bound:.3e} = {factor:g} x the peer's {peer_error:.3e} "
+        f"+ {eps_multiple:g} eps x max|exact| ({size:.3e}); worst at flat index {worst}: ours {float(ours.flatten()[worst]):.9g}, "
         f"peer {float(peer.flatten()[worst]):.9g}, exact {float(exact.flatten()[worst]):.17g}"
     )

@@ -23,13 +23,13 @@ class UNetConfig(ldmkit.Config):
         layers_per_block: res blocks per level on the way down; one more on the way up.
         transformer_layers_per_block: depth of the transformer after each res block of a level; 0 = none there.
         mid_transformer_layers: depth of the one in the middle; 0 = none.
-        num_attention_heads: heads, one number or per level; the middle has the last level's. (Old diffusers configs call this number
-            `attention_head_dim`, see diffusers issue 2011.)
+        num_attention_heads: heads, one number or per level; the middle has the last level's. (diffusers' configs call this
+            number `attention_head_dim`, see its issue 2011.)
         attention_block: "transformer", or "plain" for the attention blocks of the unconditional originals, where each entry of
             `transformer_layers_per_block` can only be 0 or 1.
         cross_attention_dim: channels of the condition's `tokens_BLC`; None = the transformers have no cross-attention.
-        only_cross_attention: which levels' transformers attend to the tokens only, not to the pixels; one answer, or per level. The
-            middle always does both.
+        only_cross_attention: which levels' transformers attend to the tokens only, not to the pixels; one answer, or per level.
+            The middle always does both.
         use_linear_projection: projections around the transformers are linear layers (SD2, SDXL) or 1x1 convolutions.
         norm_num_groups: groups of every group norm; must divide every width.
         norm_eps: of the group norms, but those in transformers (1e-6).
@@ -91,9 +91,7 @@ class UNetConfig(ldmkit.Config):
         self._check_heads(depths, widths, (*heads, heads[-1]))
         if self.attention_block == "plain":
             if max(depths) > 1:
-                raise ValueError(
-                    f"attention_block 'plain' has no depth, so that transformer layers {list(depths)} must be 0 or 1"
-                )
+                raise ValueError(f"attention_block 'plain' has no depth: transformer layers {list(depths)} must be 0 or 1")
             if self.cross_attention_dim is not None:
                 raise ValueError(
                     f"attention_block 'plain' cannot use cross_attention_dim = {self.cross_attention_dim}; set None"

@@ -21,9 +21,9 @@ KV_KEY = "unet.kv"
 class UNet(Denoiser):
     """Noisy latents, time and condition => a raw prediction (Rombach et al. 2022, arXiv:2112.10752, sec. 3.2-3.3).
 
-    State dict: conv_in, time_embedding, class_embedding, add_embedding, down_blocks, mid_block, up_blocks, conv_norm_out, conv_out,
-    named as in the diffusers layout. A fresh network predicts zero: the last layer of every residual branch but the transformers'
-    inner ones, and of the whole, starts at zero (Dhariwal and Nichol 2021, arXiv:2105.05233, as in their code).
+    State dict: conv_in, time_embedding, class_embedding, add_embedding, down_blocks, mid_block, up_blocks, conv_norm_out,
+    conv_out, named as in the diffusers layout. A fresh network predicts zero: the last layers of res blocks, of spatial
+    transformers and of the whole start at zero, as in the code of Dhariwal and Nichol 2021 (arXiv:2105.05233).
     """
 
     Config = UNetConfig
@@ -74,7 +74,7 @@ class UNet(Denoiser):
             skips += new
         h_BCHW = self.mid_block(h_BCHW, time_BC, context)
         for up_block in self.up_blocks:
-            used = len(up_block.resnets)
+            used = self.config.layers_per_block + 1
             skips, taken = skips[:-used], skips[-used:]
             h_BCHW = up_block(h_BCHW, taken, time_BC, context)
         out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW))

@@ -20,8 +20,8 @@ from ldmkit_vae.tiling import tiled
 class KLAutoencoder(Autoencoder):
     """Raw pixels in [-1, 1] <=> final latents (Rombach et al. 2022, arXiv:2112.10752, sec. 3.1 and app. G).
 
-    State dict: encoder, quant_conv, post_quant_conv, decoder, named as in the diffusers layout. Runs in the dtype of its weights
-    and returns its input's.
+    State dict: encoder, quant_conv, post_quant_conv, decoder, named as in the diffusers layout. Runs in the dtype of its
+    weights and returns its input's.
     """
 
     class Config(ldmkit.Config):
@@ -133,7 +133,7 @@ class KLAutoencoder(Autoencoder):
     def _run(
         self, networks: Sequence[nn.Module | None], x_BCHW: Tensor, *, latent_size: int, in_unit: int = 1, out_unit: int = 1
     ) -> Tensor:
-        """Apply the networks one after the other, in slices and tiles if enabled, in the weights' dtype (or float32, upcast)."""
+        """Apply the networks one after the other, sliced and tiled if enabled, in the weights' dtype (or upcast)."""
         dtype = self.decoder.conv_in.weight.dtype
         if self.config.force_upcast and dtype == torch.float16:
             dtype = torch.float32
@@ -150,7 +150,7 @@ class KLAutoencoder(Autoencoder):
             tile, overlap = self._tiling
             return tiled(apply, part_BCHW, tile=tile, overlap=overlap, in_unit=in_unit, out_unit=out_unit)
 
-        slices = x_BCHW.to(dtype).split(1 if self._slicing else max(len(x_BCHW), 1))
+        slices = torch.split(x_BCHW.to(dtype), 1 if self._slicing else max(len(x_BCHW), 1))
         return torch.cat([whole_or_tiled(part) for part in slices]).to(x_BCHW.dtype)
 
     # --------------------------------------------------------------------------------------------------------- memory savings

@@ -66,7 +66,10 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image => features at 1/2^(levels - 1) of its size. State dict: conv_in, down_blocks, mid_block, conv_norm_out, conv_out."""
+    """Image => features at 1/2^(levels - 1) of its size.
+
+    State dict: conv_in, down_blocks, mid_block, conv_norm_out, conv_out.
+    """
 
     def __init__(
         self,
@@ -107,7 +110,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents => image at 2^(levels - 1) times their size. State dict: conv_in, mid_block, up_blocks, conv_norm_out, conv_out."""
+    """Latents => image at 2^(levels - 1) times their size.
+
+    State dict: conv_in, mid_block, up_blocks, conv_norm_out, conv_out.
+    """
 
     def __init__(
         self,

@@ -1,0 +1,105 @@
+"""The `config.json` of diffusers' `UNet2DConditionModel`, read as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ldmkit.errors import ConfigError
+
+# Switches that no Stable Diffusion U-Net turns: what our U-Net is. None stands for "not given".
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", None),
+    "addition_embed_type": ("text_time", None),
+    "attention_type": ("default", None),
+    "center_input_sample": (False, None),
+    "class_embed_type": (None,),
+    "class_embeddings_concat": (False, None),
+    "conv_in_kernel": (3, None),
+    "conv_out_kernel": (3, None),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1, None),
+    "dual_cross_attention": (False, None),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (False, None),
+    "mid_block_scale_factor": (1, None),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_attention_heads": (None,),
+    "resnet_out_scale_factor": (1, None),
+    "resnet_skip_time_act": (False, None),
+    "resnet_time_scale_shift": ("default", None),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional", None),
+    "timestep_post_act": (None,),
+}
+# The usual size, numerics that ours always has, and what only the conditioner or another switch reads.
+_WITHOUT_EFFECT = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim"})
+_READ = frozenset(
+    "attention_head_dim block_out_channels cross_attention_dim down_block_types dropout flip_sin_to_cos freq_shift in_channels "
+    "layers_per_block norm_eps norm_num_groups num_class_embeds only_cross_attention out_channels "
+    "projection_class_embeddings_input_dim transformer_layers_per_block up_block_types use_linear_projection".split()
+)
+_DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+_UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+
+def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A diffusers U-Net's config => values for `UNet.Config`.
+
+    What diffusers calls `attention_head_dim` is the number of heads (its issue 2011). Input channels beyond those predicted are
+    taken to come from the condition's `spatial_BCHW` (inpainting, upscaling).
+
+    Raises:
+        ConfigError: for unknown keys, and values that our U-Net cannot serve; all of them are named.
+    """
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    _refuse_others(given)
+    widths = given.get("block_out_channels", (320, 640, 1280, 1280))
+    depths = given.get("transformer_layers_per_block", 1)
+    depths = [depths] * len(widths) if isinstance(depths, int) else depths
+    attended = _attended(given, len(widths))
+    same = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "dropout", "flip_sin_to_cos")
+    return {key: given[key] for key in same if key in given} | {
+        "block_out_channels": widths,
+        "transformer_layers_per_block": [depth if has else 0 for depth, has in zip(depths, attended, strict=True)],
+        "mid_transformer_layers": depths[-1],
+        "num_attention_heads": given.get("attention_head_dim", 8),
+        "cross_attention_dim": given.get("cross_attention_dim", 1280),
+        "only_cross_attention": given.get("only_cross_attention", False),
+        "use_linear_projection": given.get("use_linear_projection", False),
+        "num_class_embeds": given.get("num_class_embeds"),
+        "vector_dim": given.get("projection_class_embeddings_input_dim") if given.get("addition_embed_type") else None,
+        "freq_shift": float(given.get("freq_shift", 0)),
+        "spatial_channels": max(given.get("in_channels", 4) - given.get("out_channels", 4), 0),
+    }
+
+
+def _refuse_others(given: Mapping[str, Any]) -> None:
+    wrong = [f"unknown key {key!r} (= {given[key]!r})" for key in sorted(set(given) - _READ - _WITHOUT_EFFECT - set(_FIXED))]
+    wrong += [
+        f"{key} = {given[key]!r} (only {' or '.join(map(repr, allowed))} can be served)"
+        for key, allowed in _FIXED.items()
+        if key in given and given[key] not in allowed
+    ]
+    if wrong:
+        raise ConfigError("diffusers U-Net config: " + "; ".join(wrong))
+
+
+def _attended(given: Mapping[str, Any], levels: int) -> list[bool]:
+    """Which levels have attention, by the names of their blocks."""
+    down = given.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
+    up = given.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    unknown = sorted({*down} - {*_DOWN}) + sorted({*up} - {*_UP})
+    if unknown:
+        raise ConfigError(f"diffusers U-Net config: block types {unknown} are none of {[*_DOWN, *_UP]}")
+    attended = [_DOWN[name] for name in down]
+    if [_UP[name] for name in up] != attended[::-1] or len(attended) != levels:
+        raise ConfigError(
+            f"diffusers U-Net config: down_block_types {list(down)} and up_block_types {list(up)} must mirror each other, "
+            f"one for each of the {levels} block_out_channels"
+        )
+    return attended
