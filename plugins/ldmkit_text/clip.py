@@ -125,7 +125,7 @@ class CLIPTextConditioner(Conditioner):
         )
         model_class = CLIPTextModel if config.projection_dim is None else CLIPTextModelWithProjection
         model = model_class(_clip_config(config, vocab))
-        # Its parts are registered, it is not: names then do not depend on how transformers nests, and it sees them move and load.
+        # Its parts are registered, it is not: names are then free of transformers' nesting, and it shares what moves and loads.
         self._clip = (model,)
         body = getattr(model, "text_model", model)
         self.embeddings, self.encoder, self.final_layer_norm = body.embeddings, body.encoder, body.final_layer_norm

@@ -69,7 +69,7 @@ def clip_config_values(folder: Path, tokenizer: Path) -> dict[str, Any]:
     values = _config_values(folder, CLIP_COPIED, CLIP_FIXED)
     given = read_json(folder / "config.json")
     if "CLIPTextModelWithProjection" in given.get("architectures", ()):
-        values["projection_dim"] = given["projection_dim"]
+        values["projection_dim"] = given.get("projection_dim", 512)
     values |= {"vocab": str(tokenizer / "vocab.json"), "merges": str(tokenizer / "merges.txt")}
     return {**values, "pad_token": _pad_token(tokenizer)}
 
