@@ -1,0 +1,286 @@
+"""Pictures and what they are conditioned on: npz arrays, folders with captions, Hugging Face datasets. All of it is checked first."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ldmkit.errors import DataError, MissingDependencyError
+from ldmkit.training.recipes import DataConfig
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+SHOWN = 5
+
+
+class Pictures(ABC):
+    """Training pictures, all of one size, and their conditions.
+
+    Attributes:
+        conditions: one per picture (prompts or labels), or None where none were asked for.
+    """
+
+    conditions: list[Any] | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, C)."""
+
+
+class StoredPictures(Pictures):
+    """Pictures held in memory, uint8 (N, H, W, C)."""
+
+    def __init__(self, x_NHWC: np.ndarray, conditions: list[Any] | None = None) -> None:
+        self.x_NHWC, self.conditions = x_NHWC, conditions
+
+    def __len__(self) -> int:
+        return len(self.x_NHWC)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self.x_NHWC[indices]
+
+
+class DecodedPictures(Pictures):
+    """Pictures decoded whenever they are read, in threads."""
+
+    def __init__(self, decode: Callable[[int], np.ndarray], n: int, conditions: list[Any] | None = None) -> None:
+        self._decode, self._n, self.conditions = decode, n, conditions
+        self._threads = ThreadPoolExecutor()
+
+    def __len__(self) -> int:
+        return self._n
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        return np.stack(list(self._threads.map(self._decode, [int(i) for i in indices])))
+
+
+def open_pictures(config: DataConfig, base: Path, *, channels: int, conditioned: bool, progress: bool = False) -> Pictures:
+    """Open and check a recipe's data: every picture is decoded once before training starts.
+
+    Args:
+        base: what relative paths are relative to.
+        channels: 3 or 1; pictures in files are converted, with transparency laid on white.
+        conditioned: whether conditions are needed.
+
+    Raises:
+        DataError: for missing or empty data, unreadable pictures (named and counted), missing conditions, wrong sizes.
+    """
+    if config.npz is not None:
+        return _open_npz(config, base / config.npz, channels, conditioned)
+    if config.folder is not None:
+        return _open_folder(config, base / config.folder, channels, conditioned, progress)
+    assert config.dataset is not None
+    return _open_dataset(config, base / config.dataset, channels, conditioned, progress)
+
+
+# --------------------------------------------------------------------------------------------------------------------- npz
+
+
+def _open_npz(config: DataConfig, path: Path, channels: int, conditioned: bool) -> Pictures:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = ("x", config.condition_key) if conditioned else ("x",)
+            missing = [key for key in keys if key not in file.files]
+            if missing:
+                raise DataError(f"{path} has no array {missing[0]!r}; it has {', '.join(file.files) or 'none'}")
+            x, conditions = file["x"], file[config.condition_key] if conditioned else None
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing") from None
+    except Exception as error:  # zipfile, zlib, struct and numpy each have their own for a damaged file
+        raise DataError(f"{path} cannot be read as an npz file: {error}") from error
+    x_NHWC = x[..., None] if x.ndim == 3 else x
+    if x_NHWC.ndim != 4 or x_NHWC.dtype != np.uint8:
+        raise DataError(f"{path}: x must be uint8 (N, H, W, C) or (N, H, W), got {x.dtype} {x.shape}")
+    if not len(x_NHWC):
+        raise DataError(f"{path} is empty: x has shape {x.shape}")
+    if x_NHWC.shape[-1] != channels:
+        raise DataError(f"{path}: x has {x_NHWC.shape[-1]} channels and the autoencoder takes {channels}")
+    if conditions is not None:
+        if conditions.shape != (len(x_NHWC),) or conditions.dtype.kind not in "Uiu":
+            raise DataError(
+                f"{path}: {config.condition_key} must hold one string or whole number per picture ({len(x_NHWC)}), "
+                f"got {conditions.dtype} {conditions.shape}"
+            )
+        conditions = _checked(conditions.tolist(), [f"{path}[{i}]" for i in range(len(x_NHWC))], config.condition_key)
+    height, width = x_NHWC.shape[1:3]
+    if (height, width) != config.height_width:
+        problem = _size_problem(config, width, height)
+        if problem:
+            raise DataError(f"{path}: the pictures are {problem}")
+        x_NHWC = np.stack([_fitted(_to_image(x), config, channels) for x in x_NHWC])
+    return StoredPictures(x_NHWC, conditions)
+
+
+def _to_image(x_HWC: np.ndarray) -> Image.Image:
+    return Image.fromarray(x_HWC.squeeze(-1) if x_HWC.shape[-1] == 1 else x_HWC)
+
+
+# ------------------------------------------------------------------------------------------------------ folder and dataset
+
+
+def _open_folder(config: DataConfig, folder: Path, channels: int, conditioned: bool, progress: bool) -> Pictures:
+    if not folder.is_dir():
+        raise DataError(f"the data folder {folder} does not exist")
+    listing = folder / "metadata.jsonl"
+    conditions: list[Any] | None = None
+    if conditioned:
+        if not listing.is_file():
+            raise DataError(
+                f'{listing} is missing: it must hold a line {{"file_name": ..., "{config.condition_key}": ...}} per picture'
+            )
+        rows = _read_listing(listing, config.condition_key)
+        paths, conditions = [folder / name for name, _ in rows], [value for _, value in rows]
+        absent = [path.name for path in paths if not path.is_file()]
+        if absent:
+            raise DataError(f"{listing} names {_some(absent)} that {folder} does not hold")
+    else:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise DataError(f"the data folder {folder} is empty: no picture ({', '.join(sorted(SUFFIXES))}) in it")
+    names = [str(path.relative_to(folder)) for path in paths]
+
+    def load(i: int) -> Image.Image:
+        with Image.open(paths[i]) as image:
+            image.load()
+            return image
+
+    return _checked_pictures(config, load, names, str(folder), conditions, channels, progress)
+
+
+def _read_listing(path: Path, key: str) -> list[tuple[str, Any]]:
+    rows, names = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append((str(row["file_name"]), row.get(key)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f'{path}, line {number}: must be JSON with the key "file_name", got {line[:80]!r}') from None
+        names.append(rows[-1][0])
+    _checked([value for _, value in rows], names, key)
+    return rows
+
+
+def _open_dataset(config: DataConfig, folder: Path, channels: int, conditioned: bool, progress: bool) -> Pictures:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingDependencyError("data.dataset needs the package `datasets`: pip install 'ldmkit[train]'") from None
+    try:
+        table = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever pyarrow or fsspec say of a missing or damaged folder
+        raise DataError(f"{folder} cannot be read as a dataset that save_to_disk wrote: {error}") from error
+    if isinstance(table, datasets.DatasetDict):
+        if config.split not in table:
+            raise DataError(f"{folder} has the splits {', '.join(table)}; data.split = {config.split!r} is none of them")
+        table = table[config.split]
+    for key in (config.image_key, config.condition_key) if conditioned else (config.image_key,):
+        if key not in table.column_names:
+            raise DataError(f"{folder} has no column {key!r}; it has {', '.join(table.column_names)}")
+    if not len(table):
+        raise DataError(f"the dataset {folder} is empty")
+    names = [f"row {i}" for i in range(len(table))]
+    conditions = _checked(list(table[config.condition_key]), names, config.condition_key) if conditioned else None
+    column = table.select_columns([config.image_key])
+
+    def load(i: int) -> Image.Image:
+        value = column[i][config.image_key]
+        return value if isinstance(value, Image.Image) else _to_image(np.asarray(value, dtype=np.uint8))
+
+    return _checked_pictures(config, load, names, str(folder), conditions, channels, progress)
+
+
+def _checked_pictures(
+    config: DataConfig,
+    load: Callable[[int], Image.Image],
+    names: Sequence[str],
+    source: str,
+    conditions: list[Any] | None,
+    channels: int,
+    progress: bool,
+) -> Pictures:
+    """Decode everything once. What fits into `memory_mib` is kept decoded."""
+
+    def decode(i: int) -> np.ndarray:
+        return _fitted(load(i), config, channels)
+
+    def attempt(i: int) -> np.ndarray | str:
+        try:
+            image = load(i)
+        except Exception as error:  # Pillow raises a dozen kinds, by file format
+            return f"unreadable: {names[i]} ({type(error).__name__}: {str(error)[:80]})"
+        problem = _size_problem(config, *image.size)
+        return f"wrong size: {names[i]} is {problem}" if problem else _fitted(image, config, channels)
+
+    height, width = config.height_width
+    keep = len(names) * height * width * channels <= config.memory_mib * 2**20
+    x_NHWC = np.empty((len(names) if keep else 0, height, width, channels), np.uint8)
+    problems: list[str] = []
+    with ThreadPoolExecutor() as threads:
+        checked = tqdm(threads.map(attempt, range(len(names))), "checking pictures", total=len(names), disable=not progress)
+        for i, result in enumerate(checked):
+            if isinstance(result, str):
+                problems.append(result)
+            elif keep:
+                x_NHWC[i] = result
+    if problems:
+        raise DataError(f"{source}: {len(problems)} of {len(names)} pictures cannot be used; {_some(problems, separator='; ')}")
+    return StoredPictures(x_NHWC, conditions) if keep else DecodedPictures(decode, len(names), conditions)
+
+
+# ----------------------------------------------------------------------------------------------------------------- details
+
+
+def _checked(conditions: list[Any], names: Sequence[str], key: str) -> list[Any]:
+    bad = [
+        name
+        for name, c in zip(names, conditions, strict=True)
+        if isinstance(c, bool) or not isinstance(c, str | int) or c == ""
+    ]
+    if bad:
+        raise DataError(f"{len(bad)} of {len(names)} pictures have no {key!r} (a string or a whole number): {_some(bad)}")
+    return conditions
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + more
+
+
+def _size_problem(config: DataConfig, width: int, height: int) -> str | None:
+    wanted_height, wanted_width = config.height_width
+    sizes = f"{height} x {width} (height x width) and data.size is {wanted_height} x {wanted_width}"
+    if config.fit == "exact" and (height, width) != config.height_width:
+        return f"{sizes}; resize them, or set data.fit to 'crop'"
+    if not config.upscale and (height < wanted_height or width < wanted_width):
+        return f"{sizes}; remove them, or set data.upscale to true to enlarge them"
+    return None
+
+
+def _fitted(image: Image.Image, config: DataConfig, channels: int) -> np.ndarray:
+    """Transparency laid on white, the shorter side resized, the centre cropped: uint8 (H, W, C)."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB" if channels == 3 else "L")
+    height, width = config.height_width
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        left, top = (size[0] - width) // 2, (size[1] - height) // 2
+        image = image.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
+    x_HWC = np.asarray(image)
+    return x_HWC if x_HWC.ndim == 3 else x_HWC[..., None]

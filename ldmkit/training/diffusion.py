@@ -1,0 +1,228 @@
+"""Stage two: a denoiser (and a conditioner with it) on latents (Rombach et al. 2022, arXiv:2112.10752, sec. 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldmkit.checkpoints.parts import load_part
+from ldmkit.errors import ConfigError
+from ldmkit.images import grid
+from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoiser, Levels
+from ldmkit.pipeline import Pipeline
+from ldmkit.prediction import Prediction
+from ldmkit.schedule import CLEAN, NoiseSchedule
+from ldmkit.training.data import Pictures, open_pictures
+from ldmkit.training.draws import Draw, Order, normal, uniform
+from ldmkit.training.latents import LatentCache, encode_all
+from ldmkit.training.loop import Options, Result, run
+from ldmkit.training.losses import diffusion_loss, level_weight
+from ldmkit.training.recipes import DiffusionRecipe, WeightingConfig
+from ldmkit.training.stage import Share, Stage, build_part, check_size, read_pixels
+
+Batch = tuple[Tensor, Tensor, Tensor, list[Any] | None]
+
+
+def train_diffusion(recipe: DiffusionRecipe, options: Options, *, base: str | Path = ".") -> Result:
+    """Train stage two; `out/pipeline` is the result, ready for `Pipeline.from_pretrained`.
+
+    Args:
+        base: what the recipe's paths are relative to.
+
+    Raises:
+        ConfigError, UnknownPartError, DataError, CheckpointError, OutputError: before training.
+        NumericalError: when a loss is not finite.
+    """
+    return run(recipe, options, lambda device: DiffusionStage(recipe, Path(base), options, device))
+
+
+class DiffusionObjective(nn.Module):
+    """Denoiser and conditioner with their loss; its forward is what mixed precision and DDP wrap."""
+
+    alphas_T: Tensor
+    sigmas_T: Tensor
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        conditioner: Conditioner | None,
+        *,
+        schedule: NoiseSchedule,
+        prediction: Prediction,
+        weighting: WeightingConfig,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.denoiser, self.conditioner, self.frozen = denoiser, conditioner, frozen
+        self.prediction, self.weighting = prediction, weighting
+        levels = [schedule.level(t) for t in range(schedule.num_train_timesteps)]
+        self.register_buffer("alphas_T", torch.tensor([level.alpha for level in levels]), persistent=False)
+        self.register_buffer("sigmas_T", torch.tensor([level.sigma for level in levels]), persistent=False)
+
+    def forward(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, inputs: list[Any] | None) -> Tensor:
+        """Loss per picture, (B,).
+
+        Args:
+            x0_BCHW: final latents. noise_BCHW: standard normal. t_B: whole times. inputs: the conditioner's, null inputs in place.
+        """
+        condition = Condition()
+        if self.conditioner is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                condition = self.conditioner(inputs)
+        alpha_B, sigma_B = self.alphas_T[t_B], self.sigmas_T[t_B]
+        return diffusion_loss(
+            self.denoiser, self.prediction, x0_BCHW, condition, noise_BCHW, alpha_B=alpha_B, sigma_B=sigma_B, t_B=t_B,
+            weight_B=level_weight(self.weighting, self.prediction, alpha_B, sigma_B),
+        )  # fmt: skip
+
+
+class DiffusionStage(Stage):
+    """Networks, data and losses of stage two."""
+
+    averaged: tuple[str, ...]
+
+    def __init__(self, recipe: DiffusionRecipe, base: Path, options: Options, device: torch.device) -> None:
+        self.recipe = recipe
+        self.schedule, self.prediction = NoiseSchedule(recipe.schedule), Prediction(recipe.prediction)
+        self.prediction.check(Levels([self.schedule.level(self.schedule.num_train_timesteps - 1), CLEAN]))
+        self.autoencoder: Autoencoder = load_part(_part_folder(base / recipe.autoencoder), kind="autoencoder").requires_grad_(
+            False
+        )
+        check_size(recipe.data, self.autoencoder.downscale)
+        self.denoiser: Denoiser = build_part("denoiser", recipe.denoiser, base)
+        self.conditioner = _conditioner(recipe, base)
+        self.pipeline = Pipeline(
+            autoencoder=self.autoencoder,
+            denoiser=self.denoiser,
+            conditioner=self.conditioner,
+            sampler=(recipe.preview.sampler if recipe.preview else {"name": "ddim"}),
+            schedule=self.schedule,
+            prediction=self.prediction,
+            defaults=recipe.defaults,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pictures: Pictures = open_pictures(
+            recipe.data,
+            base,
+            channels=self.autoencoder.image_channels,
+            conditioned=self.conditioner is not None,
+            progress=options.progress,
+        )
+        self._check_conditions()
+        self.networks = {"denoiser": self.denoiser}
+        if self.conditioner is not None and not recipe.freeze_conditioner:
+            self.networks["conditioner"] = self.conditioner
+        for network in self.networks.values():
+            network.train()
+        self.averaged = tuple(self.networks)
+        self.objectives = {
+            "diffusion": DiffusionObjective(
+                self.denoiser, self.conditioner, schedule=self.schedule, prediction=self.prediction, weighting=recipe.weighting,
+                frozen=recipe.freeze_conditioner,
+            )
+        }  # fmt: skip
+        self._order = Order(recipe.seed, len(self.pictures), recipe.batch_size)
+        height, width = recipe.data.height_width
+        down = self.autoencoder.downscale
+        self._latent_shape = (recipe.batch_size, self.autoencoder.latent_channels, height // down, width // down)
+        self.autoencoder.to(device)
+        self._cache: LatentCache | None = None
+        if recipe.cache_latents:
+            self._cache = encode_all(
+                self.autoencoder,
+                self.pictures,
+                folder=options.out,
+                dtype=getattr(torch, recipe.cache_dtype),
+                device=device,
+                progress=options.progress,
+            )
+
+    def _check_conditions(self) -> None:
+        preview = self.recipe.preview
+        if self.conditioner is None:
+            self.denoiser.check(Condition())
+            return
+        assert self.pictures.conditions is not None
+        self.conditioner.check([*self.pictures.conditions, self.conditioner.null_input])
+        if preview is not None:
+            if not preview.inputs:
+                raise ConfigError("preview.inputs is empty: name some prompts or labels to draw, or leave out preview")
+            self.conditioner.check(list(preview.inputs))
+        with torch.no_grad():
+            self.denoiser.check(self.conditioner(self.pictures.conditions[:1]))
+
+    def batch(self, step: int, share: Share) -> Batch:
+        seed, size = self.recipe.seed, self.recipe.batch_size
+        indices = share(self._order(step))
+        posterior_BCHW = torch.from_numpy(share(normal(seed, Draw.POSTERIOR, step, self._latent_shape)))
+        noise_BCHW = torch.from_numpy(share(normal(seed, Draw.NOISE, step, self._latent_shape)))
+        times = np.floor(uniform(seed, Draw.TIME, step, size) * self.schedule.num_train_timesteps).astype(np.int64)
+        inputs = None
+        if self.conditioner is not None:
+            assert self.pictures.conditions is not None
+            dropped = share(uniform(seed, Draw.DROPOUT, step, size)) < self.recipe.guidance_dropout
+            null, conditions = self.conditioner.null_input, self.pictures.conditions
+            inputs = [null if drop else conditions[i] for i, drop in zip(indices.tolist(), dropped.tolist(), strict=True)]
+        if self._cache is not None:
+            x0_BCHW = self._cache.sample(indices, posterior_BCHW)
+        else:
+            x0_BCHW = self._encode(read_pixels(self.pictures, indices, self.recipe, step, share), posterior_BCHW)
+        return x0_BCHW, noise_BCHW, torch.from_numpy(share(times)), inputs
+
+    @torch.no_grad()
+    def _encode(self, x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+        device = next(self.autoencoder.parameters()).device
+        return self.autoencoder.encode(x_BCHW.to(device)).sample(noise_BCHW.to(device))
+
+    def losses(self, step: int, batch: Batch, device: torch.device) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        x0_BCHW, noise_BCHW, t_B = (t.to(device, non_blocking=True) for t in batch[:3])
+        if self.recipe.channels_last:
+            x0_BCHW = x0_BCHW.contiguous(memory_format=torch.channels_last)
+        loss = self.objectives["diffusion"](x0_BCHW, noise_BCHW, t_B, batch[3]).mean()
+        yield "diffusion", loss, {"loss": loss}
+
+    def preview(self, path: Path, device: torch.device) -> None:
+        """The recipe's prompts (or labels), drawn with always the same noise."""
+        preview = self.recipe.preview
+        if preview is None:
+            return
+        height, width = self.recipe.data.height_width
+        values = list(preview.inputs)
+        named = {} if self.conditioner is None else {"prompt" if isinstance(values[0], str) else "class_labels": values}
+        images = self.pipeline(
+            **named,
+            height=height,
+            width=width,
+            num_inference_steps=preview.num_inference_steps,
+            guidance_scale=preview.guidance_scale,
+            seed=self.recipe.seed,
+        ).images
+        grid(images, labels=[str(value) for value in values] or None).save(path)
+
+    def export(self, folder: Path, device: torch.device) -> Path:
+        """The whole pipeline."""
+        return self.pipeline.save_pretrained(folder / "pipeline")
+
+
+def _part_folder(folder: Path) -> Path:
+    """Stage one's own folder stands for the part inside it."""
+    return folder / "autoencoder" if not (folder / "part.json").exists() and (folder / "autoencoder").is_dir() else folder
+
+
+def _conditioner(recipe: DiffusionRecipe, base: Path) -> Conditioner | None:
+    if recipe.conditioner is None:
+        return None
+    conditioner: Conditioner = build_part("conditioner", recipe.conditioner, base)
+    if recipe.conditioner_weights is not None:
+        stored = load_part(base / recipe.conditioner_weights, kind="conditioner")
+        if type(stored) is not type(conditioner):
+            raise ConfigError(
+                f"conditioner_weights holds a {type(stored).__name__}, the recipe asks for {type(conditioner).__name__}"
+            )
+        conditioner.load_state_dict(stored.state_dict())
+    return conditioner.requires_grad_(not recipe.freeze_conditioner)

@@ -1,0 +1,64 @@
+"""The randomness of training, as pure functions of (seed, step): resuming needs no state, N processes draw as one does."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+from ldmkit.noise import keyed_normal
+
+
+class Draw(IntEnum):
+    """What a random number is for: each purpose has a stream of its own."""
+
+    ORDER = 0
+    FLIP = 1
+    POSTERIOR = 2
+    NOISE = 3
+    TIME = 4
+    DROPOUT = 5
+    SCALE = 6
+
+
+def _bits(seed: int, purpose: Draw, step: int, n: int) -> np.ndarray:
+    # keyed_normal leaves the second word of the key at 0; 1 keeps these streams apart from its own.
+    philox = np.random.Philox(
+        counter=np.array([0, purpose, step, 0], dtype=np.uint64), key=np.array([seed % 2**64, 1], dtype=np.uint64)
+    )
+    bits: np.ndarray = philox.random_raw(n)
+    return bits
+
+
+def uniform(seed: int, purpose: Draw, step: int, n: int) -> np.ndarray:
+    """n float64 numbers in [0, 1)."""
+    uniforms: np.ndarray = (_bits(seed, purpose, step, n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniforms
+
+
+def normal(seed: int, purpose: Draw, step: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 numbers."""
+    return keyed_normal(seed, purpose, step, 0, shape).astype(np.float32)
+
+
+def permutation(seed: int, purpose: Draw, epoch: int, n: int) -> np.ndarray:
+    """A random order of n things: the ranks of n random numbers of 64 bits."""
+    return np.argsort(_bits(seed, purpose, epoch, n), kind="stable")
+
+
+class Order:
+    """Which samples make each step: passes over the data, each in a new random order, cut into batches end to end."""
+
+    def __init__(self, seed: int, samples: int, batch_size: int) -> None:
+        self.seed, self.samples, self.batch_size = seed, samples, batch_size
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Indices of the samples of a step (batch_size,)."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = positions // self.samples
+        for stale in set(self._epochs) - set(epochs.tolist()):
+            del self._epochs[stale]
+        for epoch in set(epochs.tolist()) - set(self._epochs):
+            self._epochs[epoch] = permutation(self.seed, Draw.ORDER, epoch, self.samples)
+        return np.array([self._epochs[e][p % self.samples] for e, p in zip(epochs.tolist(), positions.tolist(), strict=True)])
