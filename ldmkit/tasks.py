@@ -82,7 +82,7 @@ def prepare_task(
             raise InputError("mask_image was given without image; inpainting needs both")
         if strength is not None:
             raise InputError(f"strength = {strength!r} was given without image; it belongs to image-to-image and inpainting")
-        shape = (count, channels, *_latent_size(pipe, height or pipe.defaults.height, width or pipe.defaults.width))
+        shape = (count, channels, *_latent_size(pipe, *_size(pipe, height, width)))
         return Task(levels, _initial(latents, shape, noise, dtype, pipe.device))
     if isinstance(strength, bool) or not isinstance(strength, int | float | None) or not 0 <= (strength or 0) <= 1:
         raise InputError(f"strength = {strength!r}: must be a number from 0 to 1")
@@ -128,6 +128,10 @@ def prepare_task(
     masked_latents = _encode(pipe, masked, noise, count, draw=2, dtype=dtype)
     spatial = torch.cat([latent_mask, masked_latents], dim=1).to(pipe.dtype)
     return Task(rest, first, start=None if from_noise else start, spatial=spatial)
+
+
+def _size(pipe: Pipeline, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    return pipe.defaults.height if height is None else height, pipe.defaults.width if width is None else width
 
 
 def _latent_size(pipe: Pipeline, height: Any, width: Any) -> tuple[int, int]:

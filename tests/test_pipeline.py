@@ -1,0 +1,372 @@
+"""The pipeline: what calls give, what they refuse, and that a saved one draws the same."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ldmkit
+from ldmkit import Pipeline
+from ldmkit.errors import (
+    ArchitectureMismatchError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    InputTypeError,
+    NumericalError,
+    OutputError,
+    UnknownPartError,
+)
+from tests.conditions import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    return tiny_pipeline(tmp_path_factory.mktemp("pipe"))
+
+
+def picture(size: int = 32) -> Image.Image:
+    ramp = np.linspace(0, 255, size, dtype=np.uint8)
+    return Image.fromarray(np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], np.uint8(90)), axis=-1))
+
+
+def latents_of(pipe: Pipeline, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return pipe(*args, output_type="latent", **{"seed": 5, **kwargs}).images
+
+
+def test_output_types_agree(pipe: Pipeline) -> None:
+    drawn = {kind: pipe("a red apple", seed=1, output_type=kind).images for kind in ("pil", "np", "pt", "latent")}
+    assert drawn["latent"].shape == (1, 4, 16, 16)
+    assert drawn["pt"].shape == (1, 3, 32, 32)
+    assert drawn["pt"].min() >= 0
+    assert drawn["pt"].max() <= 1
+    np.testing.assert_array_equal(drawn["np"], drawn["pt"].permute(0, 2, 3, 1).numpy())
+    np.testing.assert_array_equal(np.asarray(drawn["pil"][0]), (drawn["np"][0] * 255).round().astype(np.uint8))
+
+
+def test_a_picture_depends_on_its_seed_and_number_alone(pipe: Pipeline) -> None:
+    for sampler in ("ddpm", "ddim", "euler", "euler-ancestral"):
+        pipe.sampler = sampler
+        batch = latents_of(pipe, ["a red apple", "a blue pear", "a pear"])
+        alone = latents_of(pipe, "a pear", first_image=2)
+        scale = batch[2].std()
+        assert (batch[2] - alone[0]).abs().max() < 1e-4 * scale  # the noise is the same to the bit; matrix products round by batch
+        assert (batch[2] - batch[1]).abs().max() > 0.1 * scale
+    pipe.sampler = "ddim"
+
+
+def test_several_pictures_per_prompt_differ_and_are_grouped_by_prompt(pipe: Pipeline) -> None:
+    drawn = latents_of(pipe, ["a red apple", "a blue pear"], num_images_per_prompt=2)
+    alone = latents_of(pipe, "a blue pear", first_image=2)
+    assert drawn.shape[0] == 4
+    assert (drawn[2] - alone[0]).abs().max() < 1e-4 * drawn.std()
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_seed_is_reported_and_reproduces(pipe: Pipeline) -> None:
+    output = pipe("a pear", output_type="latent")
+    assert isinstance(output.seed, int)
+    assert torch.equal(latents_of(pipe, "a pear", seed=output.seed), output.images)
+
+
+def test_the_global_random_state_is_left_alone(pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "p")
+    before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    Pipeline.from_pretrained(tmp_path / "p")("a pear", seed=1, progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+    np.testing.assert_array_equal(numbers, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_the_prompt_the_negative_prompt_and_guidance_matter(pipe: Pipeline) -> None:
+    plain = latents_of(pipe, "a red apple")
+    for change in ({"negative_prompt": "a blue pear"}, {"guidance_scale": 7.0}, {"guidance_rescale": 0.7}):
+        assert (latents_of(pipe, "a red apple", **change) - plain).abs().max() > 1e-3
+    assert (latents_of(pipe, "a green pear") - plain).abs().max() > 1e-3
+
+
+def test_the_empty_negative_prompt_is_the_default(pipe: Pipeline) -> None:
+    assert torch.equal(latents_of(pipe, "a pear"), latents_of(pipe, "a pear", negative_prompt=""))
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(pipe: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="no effect at guidance_scale = 1"):
+        latents_of(pipe, "a pear", negative_prompt="red", guidance_scale=1.0)
+
+
+def test_embeddings_made_before_give_the_same(pipe: Pipeline) -> None:
+    assert pipe.conditioner is not None
+    made, none = pipe.conditioner(["a pear"]), pipe.conditioner([""])
+    assert torch.equal(latents_of(pipe, "a pear"), latents_of(pipe, prompt_embeds=made))
+    assert torch.equal(latents_of(pipe, "a pear"), latents_of(pipe, prompt_embeds=made, negative_prompt_embeds=none))
+
+
+def test_given_latents_are_the_starting_noise(pipe: Pipeline) -> None:
+    from ldmkit.noise import KeyedNoise
+
+    noise = KeyedNoise(5, [0])((1, 4, 16, 16), step=-1, draw=0)
+    assert torch.equal(latents_of(pipe, "a pear"), latents_of(pipe, "a pear", latents=noise))
+
+
+def test_callbacks_see_every_step_and_may_change_the_latents(pipe: Pipeline) -> None:
+    seen: list[tuple[int, float, torch.Tensor]] = []
+
+    def watch(_: Pipeline, step: int, t: float, tensors: dict[str, torch.Tensor]) -> None:
+        seen.append((step, t, tensors["latents"]))
+        assert tensors["denoised"].shape == tensors["latents"].shape
+
+    final = latents_of(pipe, "a pear", callback_on_step_end=watch)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    assert [t for _, t, _ in seen] == [751, 501, 251, 1]
+    assert torch.equal(seen[-1][2], final)
+    zeros = latents_of(pipe, "a pear", callback_on_step_end=lambda p, i, t, x: {"latents": torch.zeros_like(x["latents"])})
+    assert not zeros.any()
+
+
+def test_eta_timesteps_and_sigmas(pipe: Pipeline) -> None:
+    pipe.sampler = "ddim"
+    assert not torch.equal(latents_of(pipe, "a pear"), latents_of(pipe, "a pear", eta=1.0))
+    assert torch.equal(latents_of(pipe, "a pear"), latents_of(pipe, "a pear", timesteps=[751, 501, 251, 1]))
+    pipe.sampler = "euler"
+    levels = pipe.sampler.levels(pipe.schedule, 4)
+    ours = latents_of(pipe, "a pear", sigmas=[level.ratio for level in levels])
+    assert (ours - latents_of(pipe, "a pear")).abs().max() < 1e-4 * ours.std()
+    pipe.sampler = "ddim"
+
+
+def test_image_to_image_at_low_strength_stays_near_the_image(pipe: Pipeline) -> None:
+    start = pipe.autoencoder.encode(torch.from_numpy(np.asarray(picture())).permute(2, 0, 1)[None] / 127.5 - 1).mode()
+    distance = [
+        float((latents_of(pipe, "a pear", image=picture(), strength=s, num_inference_steps=50) - start).square().mean())
+        for s in (0.02, 0.5, 1.0)
+    ]
+    assert distance[0] < distance[1] < distance[2]
+
+
+def test_inpainting_keeps_what_is_not_masked_to_the_bit(pipe: Pipeline) -> None:
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[8:24, 8:24] = 255
+    drawn = latents_of(pipe, "a pear", image=picture(), mask_image=Image.fromarray(mask))
+    again = latents_of(pipe, "a red apple", image=picture(), mask_image=Image.fromarray(mask))
+    outside = torch.from_numpy(mask[::2, ::2] == 0)
+    assert torch.equal(drawn[..., outside], again[..., outside])
+    assert (drawn - again)[..., ~outside].abs().max() > 1e-3
+
+
+def test_nine_channel_inpainting_is_told_mask_and_masked_image(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path, spatial=5)
+    mask = np.zeros((32, 32))
+    mask[:16] = 1
+    seen: list[torch.Tensor] = []
+    pipe.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[2].spatial_BCHW))
+    drawn = latents_of(pipe, ["a pear", "a red apple"], image=picture(), mask_image=mask)
+    assert drawn.shape == (2, 4, 16, 16)
+    assert seen[0].shape == (4, 5, 16, 16)  # two pictures, with and without the prompt
+    assert torch.equal(seen[0][0, 0], torch.from_numpy(mask[::2, ::2]).float())
+    with pytest.raises(InputError, match="spatial_BCHW"):
+        latents_of(pipe, "a pear")
+
+
+def test_eight_threads_draw_what_one_draws(pipe: Pipeline) -> None:
+    pipe.sampler = "euler-ancestral"
+    wanted = [latents_of(pipe, "a pear", seed=k) for k in range(8)]
+    got: list[Any] = [None] * 8
+
+    def draw(k: int) -> None:
+        got[k] = latents_of(pipe, "a pear", seed=k)
+
+    threads = [threading.Thread(target=draw, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+    pipe.sampler = "ddim"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shard", [None, 20_000])
+def test_saved_and_loaded_draws_the_same_bits(tmp_path: Path, dtype: torch.dtype, shard: int | None) -> None:
+    pipe = tiny_pipeline(tmp_path, sampler={"name": "euler", "timestep_spacing": "trailing"}, prediction="v_prediction").to(dtype)
+    folder = pipe.save_pretrained(tmp_path / "saved", max_shard_size=shard)
+    (tmp_path / "vocab.txt").unlink()  # the saved pipeline has its own
+    loaded = Pipeline.from_pretrained(folder, dtype="auto")
+    assert loaded.dtype == dtype
+    assert loaded.sampler.config == pipe.sampler.config
+    assert loaded.prediction.config == pipe.prediction.config
+    assert loaded.schedule.config == pipe.schedule.config
+    assert loaded.defaults == pipe.defaults
+    for kind, module in pipe.modules.items():
+        theirs = loaded.modules[kind].state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in module.state_dict().items())
+    assert torch.equal(latents_of(pipe, "a pear"), latents_of(loaded, "a pear", progress=False))
+
+
+def test_parts_can_be_replaced_at_loading_and_float32_is_the_default(pipe: Pipeline, tmp_path: Path) -> None:
+    folder = pipe.save_pretrained(tmp_path / "p")
+    loaded = Pipeline.from_pretrained(folder, sampler="euler", autoencoder=pipe.autoencoder)
+    assert type(loaded.sampler).__name__ == "EulerSampler"
+    assert loaded.autoencoder is pipe.autoencoder
+    assert loaded.dtype == torch.float32
+    assert Pipeline.from_pretrained(folder, torch_dtype=torch.float64).dtype == torch.float64
+
+
+def test_saving_again_over_a_saved_pipeline(pipe: Pipeline, tmp_path: Path) -> None:
+    folder = pipe.save_pretrained(tmp_path / "p")
+    (folder / "notes.txt").write_text("mine")
+    pipe.save_pretrained(folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert torch.equal(latents_of(Pipeline.from_pretrained(folder), "a pear", progress=False), latents_of(pipe, "a pear"))
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+# ------------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompt": 3}, InputTypeError, "prompt must be a string or a list of strings, got int"),
+        ({"prompt": ["a", 3]}, InputTypeError, "entry 1 is 3"),
+        ({"prompt": []}, InputError, "empty"),
+        ({"prompt": None}, InputError, "nothing to draw"),
+        ({"prompt": "a", "class_labels": 3}, InputError, "prompt and class_labels"),
+        ({"height": 33}, InputError, "height = 33: must be a multiple of 4; the nearest are 32 and 36"),
+        ({"width": 0}, InputError, "width = 0"),
+        ({"width": 32.0}, InputTypeError, "width = 32.0"),
+        ({"strength": 0.5}, InputError, "strength = 0.5 was given without image"),
+        ({"image": picture(), "strength": 1.5}, InputError, "strength = 1.5: must be a number from 0 to 1"),
+        ({"image": picture(), "strength": -0.1}, InputError, "strength = -0.1"),
+        ({"image": picture(), "strength": 0.1}, InputError, "leaves none to take"),
+        ({"image": picture(30)}, InputError, "height = 30: must be a multiple of 4"),
+        ({"image": [picture(), picture(16)]}, InputError, "one size"),
+        ({"image": picture(), "mask_image": picture(16)}, InputError, "mask_image is 16 x 16 .* and the image 32 x 32"),
+        ({"image": np.full((32, 32, 3), 7.0)}, InputError, r"must be in \[0, 1\]"),
+        ({"image": "cat.png"}, InputTypeError, "PIL image"),
+        ({"image": picture(), "latents": torch.zeros(1, 4, 16, 16)}, InputError, "latents and image"),
+        ({"mask_image": picture()}, InputError, "without image"),
+        ({"num_inference_steps": 0}, InputError, "num_inference_steps = 0: must be a whole number from 1 to the schedule's 1000"),
+        ({"num_inference_steps": 1001}, InputError, "1001"),
+        ({"num_inference_steps": 4, "timesteps": [3, 1]}, InputError, "exclude"),
+        ({"timesteps": [1, 3]}, InputError, "must fall"),
+        ({"guidance_scale": -1}, InputError, "guidance_scale = -1"),
+        ({"guidance_rescale": 1.5}, InputError, "guidance_rescale = 1.5"),
+        ({"eta": 2.0}, ConfigError, "eta"),
+        ({"num_images_per_prompt": 0}, InputError, "num_images_per_prompt = 0"),
+        ({"seed": -1}, InputError, "seed = -1"),
+        ({"seed": [1, 2]}, InputError, "2 seeds for 1 images"),
+        ({"seed": 1, "generator": torch.Generator()}, InputError, "seed and generator"),
+        ({"generator": [torch.Generator(), torch.Generator()]}, InputError, "2 generators for a batch of 1"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, InputError, r"latents have shape \(1, 4, 8, 8\); this call needs \(1, 4, 16, 16\)"),
+        ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, NumericalError, "before step 1"),
+        ({"output_type": "jpeg"}, InputError, "output_type = 'jpeg'"),
+        ({"clip_skip": 1}, InputError, "does not take it"),
+        ({"negative_prompt": ["a", "b"]}, InputError, "2 negative prompts for 1 prompts"),
+        ({"negative_prompt": 3}, InputTypeError, "negative_prompt"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(
+    pipe: Pipeline, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    def work(*_: Any) -> None:
+        pytest.fail("the denoiser ran before the argument was refused")
+
+    handle = pipe.denoiser.register_forward_pre_hook(work)
+    try:
+        with pytest.raises(error, match=message):
+            pipe(**{"prompt": "a pear", **arguments})
+    finally:
+        handle.remove()
+
+
+def test_nan_names_the_part_and_the_step(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    calls = iter(range(100))
+    pipe.denoiser.register_forward_hook(lambda m, args, out: out * (torch.nan if next(calls) == 2 else 1))
+    with pytest.raises(NumericalError, match="the denoiser UNet produced .* at step 3 of 4"):
+        pipe("a pear")
+    pipe = tiny_pipeline(tmp_path)
+    torch.nn.init.constant_(pipe.autoencoder.decoder.conv_out.bias, torch.inf)
+    with pytest.raises(NumericalError, match="the autoencoder produced .* at decoding"):
+        pipe("a pear")
+
+
+def test_parts_that_do_not_fit(pipe: Pipeline) -> None:
+    with pytest.raises(UnknownPartError, match="did you mean 'euler'"):
+        pipe.sampler = "eular"
+    with pytest.raises(ConfigError, match="did you mean 'eta'"):
+        pipe.sampler = {"name": "ddim", "etha": 1.0}
+    with pytest.raises(InputTypeError, match="sampler must be a Sampler"):
+        pipe.sampler = 3
+    with pytest.raises(ConfigError, match="predicts 4 channels and the autoencoder's latents have 8"):
+        Pipeline(autoencoder=ldmkit.build("autoencoder", "kl", latent_channels=8, block_out_channels=[32]), denoiser=pipe.denoiser)
+
+
+def test_missing_truncated_corrupt_and_foreign_weights(pipe: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(UnknownPartError, match="'no-such-model' is not a folder"):
+        Pipeline.from_pretrained("no-such-model")
+    folder = pipe.save_pretrained(tmp_path / "p")
+    weights = folder / "denoiser" / "model.safetensors"
+    whole = weights.read_bytes()
+
+    weights.write_bytes(whole[: len(whole) - 100])
+    with pytest.raises(CheckpointError, match=r"denoiser/model.safetensors is truncated: .* the first being '[\w.]+'"):
+        Pipeline.from_pretrained(folder)
+    weights.write_bytes(whole[:5])
+    with pytest.raises(CheckpointError, match="truncated within its header"):
+        Pipeline.from_pretrained(folder)
+    weights.write_bytes(whole[:8] + b"?" + whole[9:])
+    with pytest.raises(CheckpointError, match="header is corrupt"):
+        Pipeline.from_pretrained(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"denoiser/model.safetensors is missing"):
+        Pipeline.from_pretrained(folder)
+    weights.write_bytes((folder / "autoencoder" / "model.safetensors").read_bytes())
+    with pytest.raises(ArchitectureMismatchError) as caught:
+        Pipeline.from_pretrained(folder)
+    lines = str(caught.value).splitlines()
+    names = set(pipe.denoiser.state_dict()) | set(pipe.autoencoder.state_dict())
+    assert len(lines) == 1 + len(names)
+    (folder / "pipeline.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        Pipeline.from_pretrained(folder)
+
+
+def test_misshapen_weights_list_every_key(pipe: Pipeline, tmp_path: Path) -> None:
+    from ldmkit.checkpoints.weights import load_weights
+
+    tensors = {key: value[..., None] for key, value in pipe.denoiser.state_dict().items()}
+    with pytest.raises(ArchitectureMismatchError) as caught:
+        load_weights(pipe.denoiser, tensors, source="here")
+    assert sum("shape " in line for line in str(caught.value).splitlines()) == len(tensors)
+
+
+def test_a_full_disk_leaves_the_saved_pipeline_as_it_was(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from ldmkit.checkpoints import weights
+
+    folder = pipe.save_pretrained(tmp_path / "p")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        pipe.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_unwritable_place_is_named(pipe: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write"):
+        pipe.save_pretrained(tmp_path / "file" / "p")
