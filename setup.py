@@ -83,7 +83,11 @@ def extension(kind: str) -> dict[str, Any]:
 def main() -> None:
     """Decides, says so, and hands over to setuptools."""
     kind, why = decide(os.environ.get("LDMKIT_BUILD", "auto"))
-    compiled = {"python": "no compiled kernels", "cpu": "compiled kernels for the CPU", "cuda": "compiled kernels for CPU and CUDA"}
+    compiled = {
+        "python": "no compiled kernels",
+        "cpu": "compiled kernels for the CPU",
+        "cuda": "compiled kernels for CPU and CUDA",
+    }
     print(f"ldmkit: building with {compiled[kind]} ({why})", file=sys.stderr)
     setup(**({} if kind == "python" else extension(kind)))
 

@@ -32,7 +32,7 @@ class Implementation:
         call: takes the op's checked arguments, by position.
         device: the device type it serves; None is any.
         dtypes: what it serves; empty is any floating-point dtype.
-        automatic: the dtypes for which it is chosen unasked, because it was measured to be faster there; see benchmarks/.
+        automatic: the dtypes for which it is chosen unasked, because it was measured to be faster there.
         missing: why this machine cannot run it; None where it can.
     """
 
@@ -76,7 +76,7 @@ def automatic(op: str, device: str, dtype: torch.dtype) -> str:
 
 
 def choose(op: str, x: Tensor, backend: str | None = None) -> Callable[..., Tensor]:
-    """The implementation of `op` for a tensor like x: forced by the call, else by `use`, else by the environment, else automatic.
+    """What runs `op` for a tensor like x: forced by the call, else by `use`, else by the environment, else automatic.
 
     Raises:
         KernelError: an unknown backend, or a forced one that cannot serve x.
@@ -97,7 +97,7 @@ def _forced_call(op: str, backend: str, x: Tensor) -> Callable[..., Tensor]:
     return implementation.call
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def forced_backend(op: str) -> str | None:
     """The backend that `use` or the environment forces on an op, if any. A compiled graph keeps what it saw at tracing."""
     return _scoped.get().get(op) or _environment().get(op)

@@ -6,9 +6,9 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
-BUILD_COMMANDS = (
-    "`pip install --no-build-isolation -e .` in a checkout, or `pip install --no-build-isolation --force-reinstall --no-deps ldmkit`"
-)
+import torch
+
+BUILD_COMMANDS = "`pip install --no-build-isolation -e .` in a checkout, or `pip install --no-build-isolation --force-reinstall --no-deps ldmkit`"
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -25,18 +25,20 @@ EXTENSION, ABSENT = _load()
 """The module and None, or None and the reason."""
 
 
-def build_info() -> dict[str, Any] | None:
-    """How the extension was built: the torch version, the compiler, whether with CUDA, and the CPU's instruction set in use."""
-    return None if EXTENSION is None else dict(EXTENSION.build_info())
+def build_info() -> dict[str, Any]:
+    """How the extension was built: torch's version, the compiler, whether with CUDA; and `cpu`, the instruction set in use, which is
+    "none" where there is no extension.
+    """
+    return (
+        {"torch": None, "compiler": None, "cuda": False, "cpu": "none"} if EXTENSION is None else dict(EXTENSION.build_info())
+    )
 
 
 def lacks(device: str) -> str | None:
     """Why the extension cannot serve "cpu" or "cuda" tensors on this machine; None where it can."""
-    import torch
-
     if EXTENSION is None:
         return ABSENT
-    if device == "cuda" and not EXTENSION.build_info()["cuda"]:
+    if device == "cuda" and not build_info()["cuda"]:
         return f"this build is for the CPU only (torch without CUDA, or no nvcc); rebuild with {BUILD_COMMANDS}"
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible"

@@ -80,7 +80,11 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return _GegluBackward.apply(grad, x)
+        if torch.is_grad_enabled():  # create_graph, or a transform of torch.func
+            result: Tensor = _GegluBackward.apply(grad, x)
+        else:
+            result = torch.ops.ldmkit.geglu_backward(grad, x)
+        return result
 
 
 class _GegluBackward(torch.autograd.Function):
