@@ -46,24 +46,19 @@ class NoiseSchedule:
         set_alpha_to_one: bool = False
 
         @model_validator(mode="after")
-        def _rising(self) -> NoiseSchedule.Config:
+        def _falls(self) -> NoiseSchedule.Config:
             if self.beta_end < self.beta_start:
                 raise ValueError(f"beta_end = {self.beta_end:g} is below beta_start = {self.beta_start:g}")
             if self.rescale_betas_zero_snr and self.num_train_timesteps < 2:
                 raise ValueError(
                     "rescale_betas_zero_snr keeps the first level and needs a second one: num_train_timesteps >= 2"
                 )
+            _tables(self)
             return self
 
     def __init__(self, config: NoiseSchedule.Config | None = None) -> None:
         self.config = config or NoiseSchedule.Config()
-        betas = _betas(self.config)
-        if self.config.rescale_betas_zero_snr:
-            betas = _zero_terminal_snr(betas)
-        self.betas: np.ndarray = betas
-        self.alphas_cumprod: np.ndarray = np.cumprod(1.0 - betas)
-        for table in (self.betas, self.alphas_cumprod):
-            table.setflags(write=False)
+        self.betas, self.alphas_cumprod = _tables(self.config)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -150,6 +145,29 @@ CLEAN = Level(1.0, 0.0, 0.0)
 """The noise-free level that Euler-like methods end on."""
 
 
+def _tables(config: NoiseSchedule.Config) -> tuple[np.ndarray, np.ndarray]:
+    """beta and abar, (T,) each, read-only. Raises ValueError where abar does not fall, or underflows."""
+    betas = _betas(config)
+    abar = _checked(np.cumprod(1.0 - betas))
+    if config.rescale_betas_zero_snr:
+        betas = _zero_terminal_snr(abar)
+        abar = np.cumprod(1.0 - betas)
+        _checked(abar[:-1])
+    for table in (betas, abar):
+        table.setflags(write=False)
+    return betas, abar
+
+
+def _checked(abar: np.ndarray) -> np.ndarray:
+    stuck = np.flatnonzero((np.diff(abar, prepend=1.0) >= 0) | (abar < np.finfo(np.float64).tiny))
+    if len(stuck):
+        raise ValueError(
+            f"alpha-bar cannot be told from 1, from its neighbour or from 0 at t = {stuck[0]} ({abar[stuck[0]]:g}); "
+            "choose larger or smaller betas, or fewer num_train_timesteps"
+        )
+    return abar
+
+
 def _betas(config: NoiseSchedule.Config) -> np.ndarray:
     total = config.num_train_timesteps
     if config.beta_schedule == "linear":
@@ -163,11 +181,10 @@ def _betas(config: NoiseSchedule.Config) -> np.ndarray:
     return np.array([min(1 - abar((i + 1) / total) / abar(i / total), 0.999) for i in range(total)])
 
 
-def _zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Lin et al. 2024, algorithm 1."""
-    root = np.sqrt(np.cumprod(1.0 - betas))
+def _zero_terminal_snr(abar: np.ndarray) -> np.ndarray:
+    """Betas of the schedule shifted and scaled to end at 0 (Lin et al. 2024, algorithm 1)."""
+    root = np.sqrt(abar)
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
-    abar = root**2
-    alphas = np.concatenate([abar[:1], abar[1:] / abar[:-1]])
-    betas_out: np.ndarray = 1.0 - alphas
-    return betas_out
+    shifted = root**2
+    betas: np.ndarray = 1.0 - np.concatenate([shifted[:1], shifted[1:] / shifted[:-1]])
+    return betas

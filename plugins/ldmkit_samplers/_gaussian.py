@@ -112,22 +112,22 @@ class GaussianSampler(Sampler):
         return state.advance(mean + std * noise() if self.draws(state.level) else mean, denoised=denoised)
 
 
-def noise_lost(level: Level, to: Level) -> float:
-    """1 - rho^2 in [0, 1], with rho the next level's sigma / alpha over this one's; 1 from pure noise or to a clean image."""
-    rho = (to.sigma * level.alpha) / (level.sigma * to.alpha)
-    return max(0.0, 1.0 - rho**2)  # levels that fall by less than rounding lose nothing
+def ratio_kept(level: Level, to: Level) -> float:
+    """rho, the next level's sigma / alpha over this one's, in [0, 1]; 0 from pure noise or to a clean image."""
+    return min(1.0, (to.sigma * level.alpha) / (level.sigma * to.alpha))  # rounding can pass 1 where the levels are equal
 
 
 def ddim(level: Level, to: Level, eta: float) -> Coefficients:
     """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16), which is also Euler's ancestral step.
 
-    Eq. 16 reads std = eta sigma' sqrt(1 - rho^2), see `noise_lost`. In variance-exploding coordinates the same is k-diffusion's
-    `get_ancestral_step`: sigma_up = eta sigma' sqrt(1 - rho^2), sigma_down = sqrt(sigma'^2 - sigma_up^2).
+    With rho = `ratio_kept`, eq. 16 reads std = eta sigma' sqrt(1 - rho^2). In variance-exploding coordinates this is
+    k-diffusion's `get_ancestral_step`: sigma_up = eta sigma' sqrt(1 - rho^2), sigma_down = sqrt(sigma'^2 - sigma_up^2).
     """
-    lost = noise_lost(level, to)
-    on_noise = to.sigma * math.sqrt(1.0 - eta**2 * lost)
+    rho = ratio_kept(level, to)
+    on_noise = to.sigma * math.sqrt((1 - eta) * (1 + eta) + (eta * rho) ** 2)  # sqrt(sigma'^2 - std^2), without cancellation
     on_x = on_noise / level.sigma
-    return Coefficients(on_x=on_x, on_x0=to.alpha - on_x * level.alpha, std=eta * to.sigma * math.sqrt(lost))
+    std = eta * to.sigma * math.sqrt((1 - rho) * (1 + rho))
+    return Coefficients(on_x=on_x, on_x0=to.alpha - on_x * level.alpha, std=std)
 
 
 def _falling(name: str, values: Sequence[float]) -> None:

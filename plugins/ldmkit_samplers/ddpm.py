@@ -7,7 +7,7 @@ from typing import Literal
 
 from ldmkit.interfaces import Level
 from ldmkit.schedule import CLEAN, NoiseSchedule
-from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, SamplerConfig, noise_lost
+from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, SamplerConfig, ratio_kept
 
 
 class DDPMSampler(GaussianSampler):
@@ -36,8 +36,9 @@ class DDPMSampler(GaussianSampler):
         return 1.0
 
     def coefficients(self, level: Level, to: Level) -> Coefficients:
-        """Ho et al. 2020, eq. 6 and 7. The forward step's variance is beta = sigma^2 `noise_lost`."""
-        beta = level.sigma**2 * noise_lost(level, to)
+        """Ho et al. 2020, eq. 6 and 7. The forward step's variance is beta = sigma^2 (1 - rho^2), rho = `ratio_kept`."""
+        rho = ratio_kept(level, to)
+        beta = level.sigma**2 * (1 - rho) * (1 + rho)
         variance = to.sigma**2 / level.sigma**2 * beta
         if self.config.variance == "fixed_large" and to.sigma > 0:  # alg. 2 adds no noise to the image itself
             variance = beta

@@ -1,0 +1,123 @@
+"""Hypothesis strategies for plugin authors' tests."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from hypothesis import assume
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
+
+from ldmkit.config import Config
+from ldmkit.errors import ConfigError
+
+C = TypeVar("C", bound=Config)
+
+_LARGEST = 2**16
+"""Whole numbers without a bound of their own go no further from 0."""
+
+
+@st.composite
+def configs(draw: st.DrawFn, config_cls: type[C]) -> C:
+    """Valid configs of a class: its defaults, with any of its fields changed as far as the class's own checks allow.
+
+    Fields are changed one by one, and a change that does not fit the others is dropped. A field of a type unknown here keeps
+    its default.
+
+    >>> from hypothesis import find
+    >>> from ldmkit.schedule import NoiseSchedule
+    >>> find(configs(NoiseSchedule.Config), lambda config: config.steps_offset > 0).steps_offset
+    1
+    """
+    fields = config_cls.model_fields
+    required = {name: draw(_field(field)) for name, field in fields.items() if field.is_required()}
+    try:
+        config = config_cls.parse(required)
+    except ConfigError:
+        assume(False)
+        raise
+    for name in draw(st.lists(st.sampled_from(sorted(fields)), unique=True)) if fields else []:
+        value = draw(_field(fields[name]))
+        try:
+            config = config.replace(**{name: value})
+        except ConfigError:
+            continue
+    return config
+
+
+def _field(field: FieldInfo) -> st.SearchStrategy[Any]:
+    known = _values(field.annotation, field.metadata)
+    if known is None and field.is_required():
+        raise TypeError(f"no strategy for a required field of type {field.annotation!r}")
+    return st.just(field.get_default(call_default_factory=True, validated_data={})) if known is None else known
+
+
+def _values(annotation: Any, metadata: Iterable[Any]) -> st.SearchStrategy[Any] | None:
+    """Values of an annotation, or None where it is not understood."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _values(args[0], [*metadata, *args[1:]])
+    if origin is Literal:
+        return st.sampled_from(args)
+    if origin in (Union, types.UnionType):
+        options = [option for arg in args if (option := _values(arg, metadata)) is not None]
+        return st.one_of(options) if options else None
+    if origin in (tuple, list):
+        return _sequence(args, origin, metadata)
+    if origin is dict:
+        keys, items = _values(args[0], ()), _values(args[1], ())
+        return None if keys is None or items is None else st.dictionaries(keys, items, max_size=3)
+    if annotation is type(None):
+        return st.none()
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int:
+        low, high = _bounds(metadata)
+        return st.integers(
+            -_LARGEST if low is None else math.floor(low) + 1 if _open(metadata, Gt) else math.ceil(low),
+            max(_LARGEST, 2 * math.ceil(low or 0))
+            if high is None
+            else math.ceil(high) - 1
+            if _open(metadata, Lt)
+            else math.floor(high),
+        )
+    if annotation is float:
+        low, high = _bounds(metadata)
+        return st.floats(
+            low, high, allow_nan=False, allow_infinity=False, exclude_min=_open(metadata, Gt), exclude_max=_open(metadata, Lt)
+        )
+    if annotation is str:
+        shortest, longest = _lengths(metadata)
+        return st.text(st.characters(codec="utf-8"), min_size=shortest, max_size=longest)
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return configs(annotation)
+    return None
+
+
+def _sequence(args: tuple[Any, ...], origin: type, metadata: Iterable[Any]) -> st.SearchStrategy[Any] | None:
+    if origin is tuple and Ellipsis not in args:
+        items = [_values(arg, ()) for arg in args]
+        return None if None in items else st.tuples(*(item for item in items if item is not None))
+    item = _values(args[0], ())
+    shortest, longest = _lengths(metadata)
+    return None if item is None else st.lists(item, min_size=shortest, max_size=longest).map(origin)
+
+
+def _bounds(metadata: Iterable[Any]) -> tuple[float | None, float | None]:
+    low: Any = [m.ge if isinstance(m, Ge) else m.gt for m in metadata if isinstance(m, Ge | Gt)]
+    high: Any = [m.le if isinstance(m, Le) else m.lt for m in metadata if isinstance(m, Le | Lt)]
+    return (max(low) if low else None), (min(high) if high else None)
+
+
+def _open(metadata: Iterable[Any], kind: type) -> bool:
+    return any(isinstance(m, kind) for m in metadata)
+
+
+def _lengths(metadata: Iterable[Any]) -> tuple[int, int]:
+    shortest = max([m.min_length for m in metadata if isinstance(m, MinLen)], default=0)
+    longest = min([m.max_length for m in metadata if isinstance(m, MaxLen)], default=shortest + 4)
+    return shortest, longest
