@@ -74,7 +74,7 @@ class UNetConfig(ldmkit.Config):
             raise ValueError(f"freq_shift = {self.freq_shift:g} must be below half of block_out_channels[0] = {widths[0]}")
         if self.spatial_channels >= self.in_channels:
             raise ValueError(
-                f"spatial_channels = {self.spatial_channels} are among in_channels = {self.in_channels} and leave none for latents"
+                f"spatial_channels = {self.spatial_channels} of in_channels = {self.in_channels} leave none for the latents"
             )
         return self
 

@@ -39,9 +39,26 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # The usual size, numerics that ours always has, and what only the conditioner or another switch reads.
 _WITHOUT_EFFECT = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim"})
 _READ = frozenset(
-    "attention_head_dim block_out_channels cross_attention_dim down_block_types dropout flip_sin_to_cos freq_shift in_channels "
-    "layers_per_block norm_eps norm_num_groups num_class_embeds only_cross_attention out_channels "
-    "projection_class_embeddings_input_dim transformer_layers_per_block up_block_types use_linear_projection".split()
+    {
+        "attention_head_dim",
+        "block_out_channels",
+        "cross_attention_dim",
+        "down_block_types",
+        "dropout",
+        "flip_sin_to_cos",
+        "freq_shift",
+        "in_channels",
+        "layers_per_block",
+        "norm_eps",
+        "norm_num_groups",
+        "num_class_embeds",
+        "only_cross_attention",
+        "out_channels",
+        "projection_class_embeddings_input_dim",
+        "transformer_layers_per_block",
+        "up_block_types",
+        "use_linear_projection",
+    }
 )
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}

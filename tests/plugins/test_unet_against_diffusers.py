@@ -1,0 +1,86 @@
+"""The U-Net beside diffusers': same weights, same numbers, same keys."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from ldmkit import build
+from ldmkit.testing.accuracy import assert_as_accurate
+from ldmkit_unet.diffusers_config import convert_diffusers_config
+from ldmkit_unet.presets import PRESETS
+from tests.network_peers import UNETS, double, peer_unet, randomise, shapes_of, unet_inputs, unet_pair
+
+
+@pytest.mark.parametrize("style", UNETS)
+@torch.no_grad()
+def test_as_accurate_as_diffusers(style: str) -> None:
+    ours, peer = unet_pair(style)
+    x_BCHW, t_B, condition = unet_inputs(ours)
+    wide = condition.to(dtype=torch.float64)
+    mine, theirs = ours(x_BCHW, t_B, condition), peer_unet(peer, x_BCHW, t_B, condition)
+    for oracle in (
+        double(ours)(x_BCHW.double(), t_B, wide),
+        peer_unet(double(peer), x_BCHW.double(), t_B, wide),
+    ):
+        assert_as_accurate(mine, theirs, oracle, what=style)
+
+
+@torch.no_grad()
+def test_unconditional_as_accurate_as_diffusers() -> None:
+    """The plain attention of the LDM originals without a condition is UNet2DModel's."""
+    widths = {"block_out_channels": (16, 32), "norm_num_groups": 8}
+    types = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    peer = UNet2DModel(in_channels=3, out_channels=3, attention_head_dim=8, **widths, **types).eval()
+    randomise(peer)
+    ours = build(
+        "denoiser",
+        "unet",
+        in_channels=3,
+        out_channels=3,
+        attention_block="plain",
+        cross_attention_dim=None,
+        transformer_layers_per_block=(0, 1),
+        num_attention_heads=4,
+        **widths,
+    ).eval()
+    ours.load_state_dict(peer.state_dict())
+    x_BCHW, t_B, condition = unet_inputs(ours)
+    mine, theirs = ours(x_BCHW, t_B, condition), peer(x_BCHW, t_B).sample
+    exact = double(peer)(x_BCHW.double(), t_B).sample
+    assert_as_accurate(mine, theirs, exact)
+    assert_as_accurate(mine, theirs, double(ours)(x_BCHW.double(), t_B, condition))
+
+
+@pytest.mark.parametrize(
+    ("preset", "file", "parameters"),
+    [("sd15", "diffusers_keys_sd15_unet.json", 859_520_964), ("sdxl", "diffusers_keys_sdxl-base_unet.json", 2_567_463_684)],
+)
+def test_keys_and_shapes_of_published_weights(preset, file, parameters, shared) -> None:
+    network = _on_meta(**PRESETS[preset])
+    assert {key: list(value.shape) for key, value in network.state_dict().items()} == shapes_of(
+        shared / "data/key_shapes" / file
+    )
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_builds(preset: str) -> None:
+    network = _on_meta(**PRESETS[preset])
+    assert network.config.replace() == network.config
+
+
+@pytest.mark.parametrize(
+    ("folder", "preset"), [("sd14", "sd15"), ("sd15", "sd15"), ("sd21-base", "sd21"), ("sdxl-base", "sdxl")]
+)
+def test_published_configs_are_the_presets(folder: str, preset: str, shared) -> None:
+    values = shapes_of(shared / "data/checkpoints" / folder / "unet/config.json")
+    config = _on_meta(**convert_diffusers_config(values)).config
+    wanted = _on_meta(**PRESETS[preset]).config
+    heads = {"num_attention_heads": config.per_level(config.num_attention_heads)}
+    assert config.replace(**heads) == wanted.replace(num_attention_heads=wanted.per_level(wanted.num_attention_heads))
+
+
+def _on_meta(**values) -> nn.Module:
+    with torch.device("meta"):
+        return build("denoiser", "unet", **values)
