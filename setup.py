@@ -1,6 +1,6 @@
 """Builds ldmkit._C, the compiled kernels, when torch can be seen from here; everything else is in pyproject.toml.
 
-LDMKIT_BUILD decides what is compiled: "auto" (the default: for the CPU if torch is importable, for CUDA too if it is a CUDA torch
+LDMKIT_BUILD decides what is compiled: "auto" (for the CPU if torch is importable, for CUDA too if that torch has it
 and nvcc is there), "python" (nothing; ldmkit works without), "cpu", or "cuda". pip hides torch from a build unless told
 --no-build-isolation, which is how a build from a checkout should run:
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
 
-BUILD_COMMANDS = "`pip install --no-build-isolation -e .` in a checkout, or `pip install --no-build-isolation --force-reinstall --no-deps ldmkit`"
+BUILD_COMMANDS = (
+    "`pip install --no-build-isolation -e .` in a checkout,"
+    " or `pip install --no-build-isolation --force-reinstall --no-deps ldmkit`"
+)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
     if importlib.util.find_spec("ldmkit._C") is None:
         return None, f"the compiled kernels are absent: the build could not see torch; build them with {BUILD_COMMANDS}"
     try:
-        import ldmkit._C as extension
+        extension = importlib.import_module("ldmkit._C")
     except ImportError as error:  # most often another torch than the one it was built with
         return None, f"the compiled kernels cannot be loaded ({error}); rebuild them with {BUILD_COMMANDS}"
     return extension, None
@@ -26,8 +30,8 @@ EXTENSION, ABSENT = _load()
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was built: torch's version, the compiler, whether with CUDA; and `cpu`, the instruction set in use, which is
-    "none" where there is no extension.
+    """How the extension was built: torch's version, the compiler, whether with CUDA; and `cpu`, the instruction set in use,
+    which is "none" where there is no extension.
     """
     return (
         {"torch": None, "compiler": None, "cuda": False, "cpu": "none"} if EXTENSION is None else dict(EXTENSION.build_info())

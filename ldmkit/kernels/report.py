@@ -17,9 +17,9 @@ def describe() -> dict[str, Any]:
     """The report as plain data.
 
     Returns:
-        torch: its version; devices: the device types here; compiled: how ldmkit._C was built, or null; absent: why it is not there,
-        or null; ops: for each op what `forced` it (`use` or LDMKIT_KERNELS; null is nothing), and for each backend whether it is
-        `available` here, `why_not`, and what it is `chosen_for`, as "device dtype".
+        torch: its version; devices: the device types here; compiled: how ldmkit._C was built, or null; absent: why it is not
+        there, or null; ops: for each op what is `forced` (by `use` or LDMKIT_KERNELS; null is nothing), and for each backend
+        whether it is `available` here, `why_not`, and what it is `chosen_for`, as "device dtype".
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
 
 
 def _backends(op: str, devices: list[str]) -> dict[str, dict[str, Any]]:
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for backend in BACKENDS:
         implementation = implementations(op).get(backend)
         why_not = "not in this version" if implementation is None else implementation.missing

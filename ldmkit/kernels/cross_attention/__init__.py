@@ -72,8 +72,8 @@ def _mask_BHLS(mask: Tensor, q_BHLD: Tensor, k_BHSD: Tensor) -> Tensor:
     mask_BHLS = mask[:, None, None, :] if mask.dim() == 2 else mask
     if mask_BHLS.dim() != 4 or any(have not in (1, want) for have, want in zip(mask_BHLS.shape, (B, H, L, S), strict=True)):
         raise InputError(
-            f"cross_attention: mask has shape {tuple(mask.shape)}; it needs (B, S) = ({B}, {S}) or four dimensions that broadcast"
-            f" to (B, H, L, S) = ({B}, {H}, {L}, {S})"
+            f"cross_attention: mask has shape {tuple(mask.shape)}; it needs (B, S) = ({B}, {S}) or four dimensions that"
+            f" broadcast to (B, H, L, S) = ({B}, {H}, {L}, {S})"
         )
     if mask.device != q_BHLD.device:
         raise InputError(f"cross_attention: mask is on {mask.device}, q on {q_BHLD.device}; move it there")

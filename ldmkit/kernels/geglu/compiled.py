@@ -14,6 +14,8 @@ from torch import Tensor
 from ldmkit.errors import KernelError
 from ldmkit.kernels.compiled import ABSENT, EXTENSION
 
+ONCE = "a compiled kernel can be differentiated once, backwards"
+
 NAMESPACE = torch.library.Library("ldmkit", "FRAGMENT")
 NAMESPACE.define("geglu(Tensor x) -> Tensor")
 NAMESPACE.define("geglu_backward(Tensor grad, Tensor x) -> Tensor")
@@ -81,10 +83,14 @@ class _Geglu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph, or a transform of torch.func
-            result: Tensor = _GegluBackward.apply(grad, x)
+            result: Tensor = _GegluBackward.apply(grad, x)  # type: ignore[no-untyped-call]
         else:
             result = torch.ops.ldmkit.geglu_backward(grad, x)
         return result
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        raise KernelError(f"geglu: {ONCE}, not in forward mode; backend='reference' can")
 
 
 class _GegluBackward(torch.autograd.Function):
@@ -103,13 +109,17 @@ class _GegluBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        raise KernelError("geglu: a compiled kernel is differentiable once; use backend='reference' for second derivatives")
+        raise KernelError(f"geglu: {ONCE}, not twice; backend='reference' can")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        raise KernelError(f"geglu: {ONCE}, not in forward mode; backend='reference' can")
 
 
 def geglu(x: Tensor) -> Tensor:
     """(..., 2N) => dense (..., N), on the CPU or a CUDA device, differentiable once."""
     if torch.is_grad_enabled():
-        result: Tensor = _Geglu.apply(x)
+        result: Tensor = _Geglu.apply(x)  # type: ignore[no-untyped-call]
     else:
         result = torch.ops.ldmkit.geglu(x)
     return result
