@@ -1,10 +1,18 @@
-"""Where the package keeps its trained pipeline."""
+"""Where the package keeps its trained pipeline, and how it gets there: `python -m ldmkit_emoji.bundle RUN/pipeline`."""
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from pathlib import Path
 
-from ldmkit.errors import CheckpointError
+from ldmkit.errors import CheckpointError, OutputError
+
+MIB = 2**20
+FILE_LIMIT, TOTAL_LIMIT = 15 * MIB, 36 * MIB
+"""Most bytes of one file, and of all: the package must stay quick to clone and to install."""
+SHARD = 14 * MIB
+"""Bytes of weights per file."""
 
 
 def folder() -> Path:
@@ -20,3 +28,50 @@ def folder() -> Path:
             "or train them with the commands in ldmkit_emoji/MODEL_CARD.md"
         )
     return path
+
+
+def sizes(path: Path) -> dict[str, int]:
+    """Bytes of every file under a folder. Raises: OutputError where one file, or all together, are above the limits."""
+    found = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
+    large = [f"{name} has {size / MIB:.1f} MiB" for name, size in found.items() if size >= FILE_LIMIT]
+    if large:
+        raise OutputError(f"{'; '.join(large)}: each file must stay below {FILE_LIMIT // MIB} MiB")
+    if sum(found.values()) > TOTAL_LIMIT:
+        raise OutputError(f"{path} has {sum(found.values()) / MIB:.1f} MiB in all; at most {TOTAL_LIMIT // MIB} are allowed")
+    return found
+
+
+def pack(trained: Path, target: Path) -> dict[str, int]:
+    """Write a trained pipeline as float16 in small files, and return their sizes. A pipeline in `target` is replaced.
+
+    Raises:
+        CheckpointError: for what is no saved pipeline. OutputError: where the files would be above the limits.
+    """
+    import torch
+
+    from ldmkit import Pipeline
+
+    pipe = Pipeline.from_pretrained(trained, dtype=torch.float16)
+    if (target / "pipeline.json").is_file():
+        shutil.rmtree(target)  # shards of another number would stay beside the new ones
+    return sizes(pipe.save_pretrained(target, max_shard_size=SHARD))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ldmkit_emoji.bundle", description="Put a trained pipeline into the package."
+    )
+    parser.add_argument("trained", type=Path, help="the pipeline that `ldmkit train diffusion` exported")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path(__file__).parent / "weights", help="default: the package's own"
+    )
+    args = parser.parse_args(argv)
+    written = pack(args.trained, args.output)
+    for name, size in written.items():
+        print(f"{size / MIB:8.2f} MiB  {name}")
+    print(f"{sum(written.values()) / MIB:8.2f} MiB  in all, in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
