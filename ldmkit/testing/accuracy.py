@@ -34,7 +34,7 @@ def assert_as_accurate(
     size = float(exact.detach().abs().max())
     bound = factor * peer_error + eps_multiple * torch.finfo(ours.dtype).eps * size
     worst = int(error.argmax())
-    values = [float(tensor.flatten()[worst]) for tensor in (ours, peer, exact)]
+    values = [float(tensor.detach().flatten()[worst]) for tensor in (ours, peer, exact)]
     assert float(error.max()) <= bound, (
         f"{what}: our error {float(error.max()):.3e} exceeds {bound:.3e}, {factor:g} x the peer's {peer_error:.3e} "
         f"+ {eps_multiple:g} eps x max|exact| ({size:.3e}); worst at flat index {worst}: "

@@ -26,6 +26,17 @@ def test_as_accurate_as_diffusers(style: str) -> None:
         assert_as_accurate(mine, theirs, oracle, what=style)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_as_accurate_as_diffusers_in_half_precision(dtype: torch.dtype) -> None:
+    ours, peer = unet_pair("sdxl")
+    x_BCHW, t_B, condition = unet_inputs(ours)
+    oracle = peer_unet(double(peer), x_BCHW.double(), t_B, condition.to(dtype=torch.float64))
+    x_BCHW, condition = x_BCHW.to(dtype), condition.to(dtype=dtype)
+    mine, theirs = ours.to(dtype)(x_BCHW, t_B, condition), peer_unet(peer.to(dtype), x_BCHW, t_B, condition)
+    assert_as_accurate(mine, theirs, oracle)
+
+
 @torch.no_grad()
 def test_unconditional_as_accurate_as_diffusers() -> None:
     """The plain attention of the LDM originals without a condition is UNet2DModel's."""
