@@ -39,7 +39,7 @@ class NearestGlyph:
         index = {family: i for i, family in enumerate(self.families)}
         self._order = np.argsort([index[e.family] for e in glyphs.emoji], kind="stable")
         self._starts = np.searchsorted(np.array([index[glyphs.emoji[i].family] for i in self._order]), range(len(index)))
-        self._reference_NC = _small(glyphs.on(COLOURS[colour]))[self._order] / 255
+        self._reference_NC = _small(glyphs.on(COLOURS[colour]).astype(np.float32) / 255)[self._order]
 
     def distances(self, pictures_BHWC: Floats) -> Floats:
         """Mean squared distance of each picture to each family, (B, families)."""
@@ -51,7 +51,9 @@ class NearestGlyph:
         """How many other families are at least as near as the true one, (B,): 0 = it is the single nearest."""
         distances_BF = self.distances(pictures_BHWC)
         true_B1 = np.array([[self.families.index(family)] for family in families])
-        return (distances_BF <= np.take_along_axis(distances_BF, true_B1, axis=1)).sum(axis=1) - 1
+        nearer_BF = distances_BF <= np.take_along_axis(distances_BF, true_B1, axis=1)
+        ranks_B: NDArray[np.int64] = nearer_BF.sum(axis=1) - 1
+        return ranks_B
 
 
 def background(pictures_BHWC: Floats) -> list[str]:
@@ -69,7 +71,8 @@ def _small(pictures_BHWC: Floats) -> Floats:
     """Mean over blocks, down to (B, 32 * 32 * 3)."""
     step = SIZE // SMALL
     blocks = _pictures(pictures_BHWC).reshape(-1, SMALL, step, SMALL, step, 3)
-    return blocks.mean(axis=(2, 4), dtype=np.float32).reshape(len(blocks), -1)
+    means: Floats = blocks.mean(axis=(2, 4), dtype=np.float32)
+    return means.reshape(len(blocks), -1)
 
 
 def _pictures(pictures_BHWC: Floats) -> Floats:
