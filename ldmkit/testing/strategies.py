@@ -21,8 +21,7 @@ _LARGEST = 2**16
 """Whole numbers without a bound of their own go no further from 0."""
 
 
-@st.composite
-def configs(draw: st.DrawFn, config_cls: type[C]) -> C:
+def configs(config_cls: type[C]) -> st.SearchStrategy[C]:
     """Valid configs of a class: its defaults, with any of its fields changed as far as the class's own checks allow.
 
     Fields are changed one by one, and a change that does not fit the others is dropped. A field of a type unknown here keeps
@@ -33,15 +32,19 @@ def configs(draw: st.DrawFn, config_cls: type[C]) -> C:
     >>> find(configs(NoiseSchedule.Config), lambda config: config.steps_offset > 0).steps_offset
     1
     """
-    fields = config_cls.model_fields
-    required = {name: draw(_field(field)) for name, field in fields.items() if field.is_required()}
+    return _configs(config_cls, {name: _field(field) for name, field in config_cls.model_fields.items()})
+
+
+@st.composite
+def _configs(draw: st.DrawFn, config_cls: type[C], fields: dict[str, st.SearchStrategy[Any]]) -> C:
+    required = {name: draw(fields[name]) for name, field in config_cls.model_fields.items() if field.is_required()}
     try:
         config = config_cls.parse(required)
     except ConfigError:
         assume(False)
         raise
     for name in draw(st.lists(st.sampled_from(sorted(fields)), unique=True)) if fields else []:
-        value = draw(_field(fields[name]))
+        value = draw(fields[name])
         try:
             config = config.replace(**{name: value})
         except ConfigError:
