@@ -29,7 +29,7 @@ def decide(choice: str) -> tuple[str, str]:
         raise SystemExit(f"ldmkit: LDMKIT_BUILD is {choice!r}; it must be one of {', '.join(CHOICES)}")
     if choice == "python":
         return "python", "LDMKIT_BUILD=python asks for none"
-    if importlib.util.find_spec("torch") is None:
+    if not torch_is_here():
         why = "torch cannot be imported from this build; install torch first, then build with --no-build-isolation"
         if choice != "auto":
             raise SystemExit(f"ldmkit: LDMKIT_BUILD={choice}, but {why}")
@@ -40,6 +40,14 @@ def decide(choice: str) -> tuple[str, str]:
     if choice == "cpu" or lacking:
         return "cpu", lacking or "LDMKIT_BUILD=cpu asks for the CPU only"
     return "cuda", "torch has CUDA and nvcc is here"
+
+
+def torch_is_here() -> bool:
+    """Whether torch can be imported from this build."""
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except ValueError:  # what find_spec says of a module that is hidden
+        return False
 
 
 def cuda_lacks() -> str | None:

@@ -2,6 +2,7 @@
 #include "geglu.h"
 
 #include <cmath>
+#include <cstdlib>
 
 #include "vector.h"
 
@@ -157,7 +158,7 @@ LDMKIT_INLINE void backward(const void* grad_data, int64_t grad_stride, const vo
     }                                                                                                                             \
   }
 
-LDMKIT_GEGLU_VARIANT(baseline, , 4)
+LDMKIT_GEGLU_VARIANT(default, , 4)
 #if defined(__x86_64__)
 LDMKIT_GEGLU_VARIANT(avx2, __attribute__((target("avx2,fma"))), 8)
 LDMKIT_GEGLU_VARIANT(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), 16)
@@ -165,19 +166,24 @@ LDMKIT_GEGLU_VARIANT(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,av
 
 struct Variant {
   const char* name;
-  decltype(&forward_baseline) forward;
-  decltype(&backward_baseline) backward;
+  decltype(&forward_default) forward;
+  decltype(&backward_default) backward;
 };
 
+// The widest that this processor has and ATEN_CPU_CAPABILITY (torch's own switch: "default", "avx2", "avx512") allows.
 Variant pick() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
+  const bool no_avx512 = wish && std::strcmp(wish, "avx512") != 0, no_avx2 = wish && std::strcmp(wish, "default") == 0;
+  if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return {"avx512", forward_avx512, backward_avx512};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", forward_avx2, backward_avx2};
+  if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {"avx2", forward_avx2, backward_avx2};
+  }
 #endif
-  return {"baseline", forward_baseline, backward_baseline};
+  return {"default", forward_default, backward_default};
 }
 
 const Variant& variant() {

@@ -18,7 +18,7 @@ void geglu_forward_cpu(Dtype dtype, const void* x, int64_t x_stride, void* y, co
 void geglu_backward_cpu(Dtype dtype, const void* grad, int64_t grad_stride, const void* x, int64_t x_stride, void* grad_x,
                         const GegluSlice& slice);
 
-// The instruction set the two above use on this machine: "avx512", "avx2" or "baseline".
+// The instruction set the two above use on this machine: "avx512", "avx2" or "default".
 const char* cpu_capability();
 
 // CUDA launchers return a cudaError_t, 0 for success, and do not wait. `stream` is a cudaStream_t.

@@ -1,7 +1,8 @@
 """GEGLU through ldmkit._C: two raw ops, with schema, fake and vmap, under one differentiable function.
 
 `ldmkit::geglu(x)` and `ldmkit::geglu_backward(grad, x)` know nothing of autograd; `geglu` below does, once: differentiating it
-twice, or in forward mode, is an error (the reference can do both).
+twice, or in forward mode, is an error (the reference can do both). A `jvp` that said so better
+than torch does would keep dynamo from tracing the op.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from torch import Tensor
 
 from ldmkit.errors import KernelError
 from ldmkit.kernels.compiled import ABSENT, EXTENSION
-
-ONCE = "a compiled kernel can be differentiated once, backwards"
 
 NAMESPACE = torch.library.Library("ldmkit", "FRAGMENT")
 NAMESPACE.define("geglu(Tensor x) -> Tensor")
@@ -88,10 +87,6 @@ class _Geglu(torch.autograd.Function):
             result = torch.ops.ldmkit.geglu_backward(grad, x)
         return result
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        raise KernelError(f"geglu: {ONCE}, not in forward mode; backend='reference' can")
-
 
 class _GegluBackward(torch.autograd.Function):
     """The gradient, itself a function so that a second differentiation is refused with the way out."""
@@ -109,11 +104,7 @@ class _GegluBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        raise KernelError(f"geglu: {ONCE}, not twice; backend='reference' can")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        raise KernelError(f"geglu: {ONCE}, not in forward mode; backend='reference' can")
+        raise KernelError("geglu: a compiled kernel can be differentiated once, not twice; backend='reference' can")
 
 
 def geglu(x: Tensor) -> Tensor:
