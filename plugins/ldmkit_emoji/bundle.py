@@ -45,16 +45,25 @@ def pack(trained: Path, target: Path) -> dict[str, int]:
     """Write a trained pipeline as float16 in small files, and return their sizes. A pipeline in `target` is replaced.
 
     Raises:
-        CheckpointError: for what is no saved pipeline. OutputError: where the files would be above the limits.
+        CheckpointError: for what is no saved pipeline.
+        OutputError: where the files would be above the limits, or `target` is a folder of something else; it is untouched then.
     """
     import torch
 
     from ldmkit import Pipeline
 
+    if target.exists() and not (target / "pipeline.json").is_file():
+        raise OutputError(f"{target} exists and is no saved pipeline; remove it or write elsewhere")
     pipe = Pipeline.from_pretrained(trained, dtype=torch.float16)
-    if (target / "pipeline.json").is_file():
-        shutil.rmtree(target)  # shards of another number would stay beside the new ones
-    return sizes(pipe.save_pretrained(target, max_shard_size=SHARD))
+    fresh = target.with_name(f".{target.name}.new")
+    try:
+        written = sizes(pipe.save_pretrained(fresh, max_shard_size=SHARD))
+        if target.exists():
+            shutil.rmtree(target)  # shards of another number would stay beside the new ones
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return written
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -244,13 +244,17 @@ def test_packing_writes_small_float16_files(tiny: Path, tmp_path: Path, monkeypa
     assert packed.dtype == torch.float16
     monkeypatch.setattr(bundle, "SHARD", bundle.MIB)
     assert len(bundle.pack(tiny, tmp_path / "weights")) < len(written), "no shard of the first packing is left"
-    monkeypatch.setattr(bundle, "FILE_LIMIT", 10_000)
-    with pytest.raises(OutputError, match="below"):
-        bundle.sizes(tmp_path / "weights")
-    monkeypatch.undo()
-    monkeypatch.setattr(bundle, "TOTAL_LIMIT", 10_000)
-    with pytest.raises(OutputError, match="in all"):
-        bundle.sizes(tmp_path / "weights")
+    before = bundle.sizes(tmp_path / "weights")
+    for limit, message in (("FILE_LIMIT", "below"), ("TOTAL_LIMIT", "in all")):
+        with monkeypatch.context() as patch:
+            patch.setattr(bundle, limit, 10_000)
+            with pytest.raises(OutputError, match=message):
+                bundle.pack(tiny, tmp_path / "weights")
+    assert bundle.sizes(tmp_path / "weights") == before, "what was there is untouched"
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"], "and nothing is left beside it"
+    (tmp_path / "other").mkdir()
+    with pytest.raises(OutputError, match="no saved pipeline"):
+        bundle.pack(tiny, tmp_path / "other")
 
 
 def test_recipes_are_valid_and_fit_one_another() -> None:
