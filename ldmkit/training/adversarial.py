@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class PatchDiscriminator(nn.Sequential):
     def __init__(self, image_channels: int, channels: int = 64, layers: int = 3) -> None:
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]
         blocks: list[nn.Module] = [nn.Conv2d(image_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i, (narrow, wide) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        for i, (narrow, wide) in enumerate(pairwise(widths), start=1):
             blocks += [
                 nn.Conv2d(narrow, wide, 4, stride=2 if i < layers else 1, padding=1, bias=False),
                 nn.GroupNorm(math.gcd(32, wide), wide),
@@ -47,8 +48,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     |grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-4), both at `last_layer`, at most 1e4 (Esser et al.
     2021, eq. 7, with the paper's code's delta and bound).
     """
-    pull, push = (
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
-        for loss in (reconstruction_loss, adversarial_loss)
-    )
-    return (pull / (push + 1e-4)).clamp(0.0, 1e4).detach()
+    (pull,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
+    (push,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
+    ratio: Tensor = pull.float().norm() / (push.float().norm() + 1e-4)
+    return ratio.clamp(0.0, 1e4).detach()

@@ -170,7 +170,7 @@ def rescale(autoencoder: Autoencoder, std: Tensor, mean: Tensor) -> None:
     rescaled = getattr(autoencoder, "rescaled", None)
     if rescaled is None:
         raise ConfigError(
-            f"{type(autoencoder).__name__} has no rescaled(scaling_factor=, shift_factor=), so that its latents' scale cannot be set"
+            f"{type(autoencoder).__name__} has no rescaled(scaling_factor=, shift_factor=): its latents' scale cannot be set"
         )
     scale, shift = (values[0] if len(values) == 1 else tuple(values) for values in ((1 / std).tolist(), mean.tolist()))
     rescaled(scaling_factor=scale, shift_factor=shift)

@@ -1,4 +1,4 @@
-"""Pictures and what they are conditioned on: npz arrays, folders with captions, Hugging Face datasets. All of it is checked first."""
+"""Pictures and what they are conditioned on: npz arrays, folders with captions, Hugging Face datasets. All checked first."""
 
 from __future__ import annotations
 

@@ -68,7 +68,10 @@ class DiffusionObjective(nn.Module):
         """Loss per picture, (B,).
 
         Args:
-            x0_BCHW: final latents. noise_BCHW: standard normal. t_B: whole times. inputs: the conditioner's, null inputs in place.
+            x0_BCHW: final latents.
+            noise_BCHW: standard normal.
+            t_B: whole times of the schedule.
+            inputs: the conditioner's, some of them replaced by its null input.
         """
         condition = Condition()
         if self.conditioner is not None:
@@ -146,6 +149,10 @@ class DiffusionStage(Stage):
         preview = self.recipe.preview
         if self.conditioner is None:
             self.denoiser.check(Condition())
+            if preview is not None and preview.inputs:
+                raise ConfigError(
+                    f"preview.inputs = {list(preview.inputs)}, but without a conditioner there is nothing to give"
+                )
             return
         assert self.pictures.conditions is not None
         self.conditioner.check([*self.pictures.conditions, self.conditioner.null_input])
@@ -193,9 +200,10 @@ class DiffusionStage(Stage):
             return
         height, width = self.recipe.data.height_width
         values = list(preview.inputs)
-        named = {} if self.conditioner is None else {"prompt" if isinstance(values[0], str) else "class_labels": values}
+        worded = all(isinstance(value, str) for value in values)
         images = self.pipeline(
-            **named,
+            prompt=[str(value) for value in values] if values and worded else None,
+            class_labels=None if worded else values,
             height=height,
             width=width,
             num_inference_steps=preview.num_inference_steps,

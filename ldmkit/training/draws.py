@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum
+from typing import Any, Self
 
 import numpy as np
 
@@ -62,3 +65,24 @@ class Order:
         for epoch in set(epochs.tolist()) - set(self._epochs):
             self._epochs[epoch] = permutation(self.seed, Draw.ORDER, epoch, self.samples)
         return np.array([self._epochs[e][p % self.samples] for e, p in zip(epochs.tolist(), positions.tolist(), strict=True)])
+
+
+class Batches:
+    """The batch of each step, made one step ahead in a thread: a batch depends on nothing but its step."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self._make = make
+        self._ahead: dict[int, Future[Any]] = {}
+
+    def __enter__(self) -> Self:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __call__(self, step: int) -> Any:
+        """The batch of a step; the next step's is begun."""
+        future = self._ahead.pop(step, None) or self._thread.submit(self._make, step)
+        self._ahead[step + 1] = self._thread.submit(self._make, step + 1)
+        return future.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def encode_all(
     """Encode every picture once; what was encoded before by the same autoencoder from the same pictures is read back.
 
     Args:
-        folder: where latents are kept; named by a hash of weights, config and pixels.
+        folder: where latents are kept, named by a hash of weights, config and pixels; others there are deleted.
     """
     kept = folder / f"latents-{_fingerprint(autoencoder, pictures, dtype)}"
     if not kept.is_dir():
@@ -87,6 +88,8 @@ def encode_all(
             mean = posterior.mode()
             std = posterior.sample(torch.ones_like(mean)) - mean
             parts.append((mean.to("cpu", dtype), std.to("cpu", dtype)))
+        for stale in folder.glob("latents-*"):
+            shutil.rmtree(stale)
         with atomic_folder(kept) as temporary:
             write_weights(temporary, {"mean": torch.cat([m for m, _ in parts]), "std": torch.cat([s for _, s in parts])})
     tensors = read_weights(kept)

@@ -59,7 +59,7 @@ class Log:
         if self._path.exists():
             write_bytes(self._path, b"".join(_up_to(self._path, step)))
         # Each piece of a run has its own events file; TensorBoard hides what `purge_step` says is about to be done again.
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line, and one point of each curve."""
@@ -69,11 +69,11 @@ class Log:
         except OSError as error:
             raise OutputError(f"cannot write {self._path}: {error.strerror}") from error
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flush the curves."""
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def _up_to(path: Path, step: int) -> list[bytes]:

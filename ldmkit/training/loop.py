@@ -9,14 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from ldmkit.checkpoints.files import check_writable, write_json
 from ldmkit.errors import ConfigError, InputError, MissingDependencyError, NumericalError, OutputError
 from ldmkit.training import state as states
+from ldmkit.training.draws import Batches
 from ldmkit.training.logs import Log, Meter
 from ldmkit.training.optim import EMA, lr_factor, make_optimizer
 from ldmkit.training.recipes import AdversarialConfig, Recipe, differences
@@ -62,8 +64,7 @@ def run(recipe: Recipe, options: Options, make_stage: Callable[[torch.device], S
     """Train until the recipe's last step, or until told to stop.
 
     Args:
-        make_stage: builds the stage; called with torch's random state seeded by the recipe. The caller's random state comes back
-            as it was.
+        make_stage: builds the stage; called with torch's random state seeded by the recipe. The caller's own is not touched.
 
     Raises:
         OutputError: where the folder cannot be written, before any work. ConfigError, DataError: from the recipe and its data.
@@ -76,7 +77,8 @@ def run(recipe: Recipe, options: Options, make_stage: Callable[[torch.device], S
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(recipe.seed)
-        stage = make_stage(accelerator.device)
+        with accelerator.main_process_first():  # which encodes the data, if that is to be done, for all
+            stage = make_stage(accelerator.device)
         torch.manual_seed(recipe.seed + accelerator.process_index)  # dropout differs between processes
         return _Run(recipe, options, accelerator, stage)()
 
@@ -85,7 +87,7 @@ def make_accelerator(recipe: Recipe, device: str) -> Any:
     """Hugging Face Accelerate, set up for the recipe's precision and the wanted device."""
     try:
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError:
         raise MissingDependencyError("training needs Accelerate: pip install 'ldmkit[train]'") from None
@@ -96,9 +98,8 @@ def make_accelerator(recipe: Recipe, device: str) -> Any:
     if recipe.mixed_precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise ConfigError("mixed_precision = 'fp16' needs a GPU; use bf16 or no")
     # Accelerate keeps its choices for the life of the process; a second run in it may choose otherwise.
-    AcceleratorState._reset_state(
-        reset_partial_state=PartialState._shared_state != {} and not torch.distributed.is_initialized()
-    )
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=alone)
     return Accelerator(
         mixed_precision=recipe.mixed_precision,
         cpu=device == "cpu" or not torch.cuda.is_available(),
@@ -143,9 +144,12 @@ class _Run:
         recipe, first, began = self.recipe, self.step, time.monotonic()
         shown = self.options.progress and self.accelerator.is_main_process
         window_began, window_first = began, first
-        with tqdm(total=recipe.steps, initial=first, unit="step", disable=not shown, dynamic_ncols=True) as bar:
+        with (
+            tqdm(total=recipe.steps, initial=first, unit="step", disable=not shown, dynamic_ncols=True) as bar,
+            Batches(lambda step: self.stage.batch(step, self.share)) as batches,
+        ):
             while self.step < recipe.steps and not self._time_is_up(first, began):
-                self._update(self.step)
+                self._update(self.step, batches(self.step))
                 self.step += 1
                 bar.update()
                 if self.step % recipe.log_every == 0:
@@ -159,20 +163,19 @@ class _Run:
                     self._checkpoint()
         self._checkpoint()
 
-    def _update(self, step: int) -> None:
-        batch = self.stage.batch(step, self.share)
+    def _update(self, step: int, batch: Any) -> None:
         for name, loss, values in self.stage.losses(step, batch, self.device):
-            optimizer = self.optimizers[name]
+            optimizer, wrapped = self.optimizers[name], self.wrapped_optimizers[name]
             rate = self._base_lr(name) * lr_factor(self.recipe.optimizer, step, self.recipe.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             self.accelerator.backward(loss)
             values = {name: value.detach() for name, value in values.items()}
             if self.recipe.gradient_clip is not None:
-                parameters = [p for p in self.stage.objectives[name].parameters() if p.requires_grad]
-                norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.gradient_clip)
-                values[f"{name}_grad_norm"] = norm
-            self.wrapped_optimizers[name].step()
+                self.accelerator.unscale_gradients(wrapped)
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                values[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.recipe.gradient_clip)
+            wrapped.step()
             optimizer.zero_grad(set_to_none=True)
             self.meter.add(values)
         self.ema.update(step)
@@ -297,7 +300,7 @@ class _Run:
         self.wrapped_optimizers = {name: self.accelerator.prepare(o) for name, o in self.optimizers.items()}
         for name, objective in list(self.stage.objectives.items()):
             wrapped = self.accelerator.prepare(objective)
-            self.stage.objectives[name] = torch.compile(wrapped) if self.recipe.compile else wrapped
+            self.stage.objectives[name] = cast(nn.Module, torch.compile(wrapped)) if self.recipe.compile else wrapped
 
     def _restore(self, folder: Path) -> None:
         info = states.read_info(folder)
@@ -330,6 +333,6 @@ def _check_finite(values: dict[str, float], step: int) -> None:
     for name, value in values.items():
         if "grad_norm" not in name and not math.isfinite(value):  # a skipped fp16 step may have an infinite gradient
             raise NumericalError(
-                f"{name} became {value} by step {step}; lower optimizer.lr, use a longer warm-up or mixed_precision bf16 or no, "
+                f"{name} became {value} by step {step}; lower optimizer.lr, warm up longer, use mixed_precision bf16 or no, "
                 "and resume from the last checkpoint, which is from before"
             )

@@ -49,7 +49,7 @@ class EMA:
     def decay(self, updates: int) -> float:
         """The decay of the update that follows `updates` earlier ones."""
         if self.config.profile == "power":
-            return (1 - 1 / (updates + 1)) ** (self.config.gamma + 1)
+            return math.pow(1 - 1 / (updates + 1), self.config.gamma + 1)
         return min(self.config.decay, (1 + updates) / (10 + updates))
 
     @torch.no_grad()

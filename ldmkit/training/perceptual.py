@@ -1,4 +1,4 @@
-"""A perceptual distance on VGG-16 features, in the manner of LPIPS (Zhang et al. 2018, arXiv:1801.03924), from local weights."""
+"""A perceptual distance on VGG-16 features, after LPIPS (Zhang et al. 2018, arXiv:1801.03924), from local weights."""
 
 from __future__ import annotations
 

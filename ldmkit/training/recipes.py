@@ -104,8 +104,9 @@ class EMAConfig(Config):
     """The moving average of the weights that samples are drawn with and that is exported.
 
     Attributes:
-        profile: "exponential": min(decay, (1 + n) / (10 + n)) after n updates; "power": (1 - 1/n)^(gamma + 1), whose length is a
-            fixed share of the run so far (Karras et al. 2024, arXiv:2312.02696, sec. 3.1; gamma 6.94 is a width of 10%).
+        profile: "exponential": min(decay, (1 + n) / (10 + n)) after n updates; "power":
+            (1 - 1/(n + 1))^(gamma + 1), whose length is a fixed share of the run so far (Karras et al. 2024,
+            arXiv:2312.02696, sec. 3.1; gamma 6.94 is a width of 10%).
     """
 
     profile: Literal["exponential", "power"] = "exponential"
@@ -218,7 +219,7 @@ class PreviewConfig(Config):
     """Pictures drawn every `sample_every` steps. `inputs`: prompts or labels; None for unconditional models."""
 
     inputs: tuple[str | int, ...] = ()
-    sampler: PartSpec = {"name": "ddim"}
+    sampler: PartSpec = Field({"name": "ddim"})
     num_inference_steps: Count = 20
     guidance_scale: float = Field(5.0, ge=0)
 
@@ -263,20 +264,24 @@ class DiffusionRecipe(Recipe):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people read it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), and a key given twice is an error."""
+    """YAML 1.2, as people read it: 1e-4 is a number, `no` is a word, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$"),
-    list("-+0123456789."),
+    _FLOAT, re.compile(r"^[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
 

@@ -21,7 +21,7 @@ from ldmkit.training.recipes import DataConfig, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which samples of each step this process takes: `rank`, `rank + 1`, ... of `processes` equal slices."""
+    """Which samples of each step this process takes: slice number `rank` of `processes` equal ones."""
 
     rank: int
     processes: int
@@ -38,8 +38,8 @@ class Stage(ABC):
     Attributes:
         networks: what is saved in checkpoints, by name.
         averaged: names of the networks that have a moving average.
-        trained: for each optimizer, the name of the module in `objectives` whose parameters it updates.
-        objectives: modules whose forward computes losses, to be wrapped for mixed precision and many processes.
+        objectives: modules whose forward computes losses, by name; the loop wraps them for mixed precision and many processes,
+            and gives each an optimizer.
     """
 
     networks: dict[str, nn.Module]
@@ -73,7 +73,7 @@ def build_part(kind: str, spec: Mapping[str, Any], base: Path) -> Any:
         ConfigError, UnknownPartError: for a config or a name that nobody knows.
     """
     values = dict(spec)
-    part_class = registry().load(kind, values.pop("name"))  # type: ignore[arg-type]
+    part_class = registry().load(kind, values.pop("name"))
     for field in part_class.Config.asset_fields():
         if isinstance(values.get(field), str):
             values[field] = str(base / values[field])

@@ -1,6 +1,7 @@
-"""Training checkpoints: a folder per step with weights, averages, optimizers, random state and recipe; safetensors and JSON only.
+"""Training checkpoints: a folder per step with weights, averages, optimizers, random state and recipe.
 
-A folder appears under its name whole or not at all, so the latest name is the latest checkpoint, whatever killed the writer.
+Safetensors and JSON only. A folder appears under its name whole or not at all, so the latest name is the latest checkpoint,
+whatever killed the writer.
 """
 
 from __future__ import annotations
