@@ -128,8 +128,9 @@ def grid(
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     rows = -(-len(images) // columns)
     width, height = max(i.width for i in images), max(i.height for i in images)
-    font = ImageFont.load_default(size=max(9, width // 12))
-    line = 0 if labels is None else 2 * int(font.size * 1.25)
+    size = max(9, width // 12)
+    font = ImageFont.load_default(size)
+    line = 0 if labels is None else 2 * int(size * 1.25)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
     for k, image in enumerate(images):

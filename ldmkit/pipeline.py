@@ -360,11 +360,9 @@ class Pipeline:
         if self.conditioner is None:
             raise InputError("guidance of prompt_embeds without a conditioner needs negative_prompt_embeds")
         wanted = 1 if inputs is None else len(inputs)
-        values = (
-            [self.conditioner.null_input if prompt is None else prompt]
-            if prompt is None or isinstance(prompt, str)
-            else list(prompt)
-        )
+        if prompt is not None and not isinstance(prompt, Sequence):
+            raise InputTypeError(f"negative_prompt must be a string or a list of strings, got {type(prompt).__name__}")
+        values = [self.conditioner.null_input] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         if len(values) == 1:
             values = values * wanted
         if len(values) != wanted:

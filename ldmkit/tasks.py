@@ -98,7 +98,7 @@ def prepare_task(
     pixels = to_pixels(image, channels=pipe.autoencoder.image_channels, size=size)
     if count % len(pixels):
         raise InputError(f"{len(pixels)} images for {count} pictures; give one, or one per prompt")
-    _latent_size(pipe, *pixels.shape[2:])
+    latent_size = _latent_size(pipe, *pixels.shape[2:])
     mask = None if mask_image is None else to_mask(mask_image, size=(pixels.shape[2], pixels.shape[3]))
     if mask is not None and count % len(mask):
         raise InputError(f"{len(mask)} masks for {count} pictures; give one, or one per prompt")
@@ -108,26 +108,26 @@ def prepare_task(
             f"masked image); this one has {pipe.denoiser.in_channels}"
         )
 
-    start = _encode(pipe, pixels, noise, count, draw=1, dtype=dtype)
-    shape = (count, *start.shape[1:])
-    first = _initial(latents, shape, noise, dtype, pipe.device)
     rest = _last_part(levels, strength)
+    from_noise = mask is not None and strength == 1
+    start = None  # in the order in which diffusers encodes and draws, so that a generator gives the same numbers
+    if told == 0 or not from_noise:
+        start = _encode(pipe, pixels, noise, count, draw=1, dtype=dtype)
+    shape = (count, channels, *latent_size)
+    first = _initial(latents, shape, noise, dtype, pipe.device)
     if mask is None:
         return Task(rest, first, start=start)
 
     mask = mask.to(device=pipe.device, dtype=dtype)
-    latent_mask = _per_picture(torch.nn.functional.interpolate(mask, size=tuple(shape[2:])), count)
+    latent_mask = _per_picture(torch.nn.functional.interpolate(mask, size=latent_size), count)
     masked = pixels.to(mask) * (mask < 0.5)
-    from_noise = strength == 1
     if told == 0:
-        if isinstance(noise, GeneratorNoise):
-            noise(
-                (len(masked), *shape[1:]), step=-1, draw=2, dtype=dtype
-            )  # diffusers encodes the masked image here too: same stream
+        if isinstance(noise, GeneratorNoise):  # diffusers encodes the masked image here too, though nothing uses it
+            noise((len(masked), *shape[1:]), step=-1, draw=2, dtype=dtype)
         return Task(rest, first, start=None if from_noise else start, keep=start, mask=latent_mask)
     masked_latents = _encode(pipe, masked, noise, count, draw=2, dtype=dtype)
     spatial = torch.cat([latent_mask, masked_latents], dim=1).to(pipe.dtype)
-    return Task(rest, first, start=None if from_noise else start, spatial=spatial)
+    return Task(rest, first, start=start, spatial=spatial)
 
 
 def _size(pipe: Pipeline, height: int | None, width: int | None) -> tuple[int | None, int | None]:

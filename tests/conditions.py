@@ -24,7 +24,9 @@ def tiny_pipeline(folder: Path, *, spatial: int = 0, **options: Any) -> Pipeline
     """Text to 32 x 32 pixels through 16 x 16 latents, in milliseconds. `spatial`: extra input channels of the denoiser."""
     vocab = folder / "vocab.txt"
     vocab.write_text("\n".join(WORDS) + "\n")
-    autoencoder = build("autoencoder", "kl", latent_channels=4, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4)
+    autoencoder = build(
+        "autoencoder", "kl", latent_channels=4, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4
+    )
     denoiser = build(
         "denoiser",
         "unet",

@@ -56,7 +56,9 @@ def test_a_picture_depends_on_its_seed_and_number_alone(pipe: Pipeline) -> None:
         batch = latents_of(pipe, ["a red apple", "a blue pear", "a pear"])
         alone = latents_of(pipe, "a pear", first_image=2)
         scale = batch[2].std()
-        assert (batch[2] - alone[0]).abs().max() < 1e-4 * scale  # the noise is the same to the bit; matrix products round by batch
+        assert (
+            batch[2] - alone[0]
+        ).abs().max() < 1e-4 * scale  # the noise is the same to the bit; matrix products round by batch
         assert (batch[2] - batch[1]).abs().max() > 0.1 * scale
     pipe.sampler = "ddim"
 
@@ -77,10 +79,10 @@ def test_seed_is_reported_and_reproduces(pipe: Pipeline) -> None:
 
 def test_the_global_random_state_is_left_alone(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "p")
-    before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
     Pipeline.from_pretrained(tmp_path / "p")("a pear", seed=1, progress=False)
     assert torch.equal(before, torch.get_rng_state())
-    np.testing.assert_array_equal(numbers, np.random.get_state()[1])  # noqa: NPY002
+    np.testing.assert_array_equal(numbers, np.random.get_state()[1])
 
 
 def test_the_prompt_the_negative_prompt_and_guidance_matter(pipe: Pipeline) -> None:
@@ -192,7 +194,9 @@ def test_eight_threads_draw_what_one_draws(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shard", [None, 20_000])
 def test_saved_and_loaded_draws_the_same_bits(tmp_path: Path, dtype: torch.dtype, shard: int | None) -> None:
-    pipe = tiny_pipeline(tmp_path, sampler={"name": "euler", "timestep_spacing": "trailing"}, prediction="v_prediction").to(dtype)
+    pipe = tiny_pipeline(tmp_path, sampler={"name": "euler", "timestep_spacing": "trailing"}, prediction="v_prediction").to(
+        dtype
+    )
     folder = pipe.save_pretrained(tmp_path / "saved", max_shard_size=shard)
     (tmp_path / "vocab.txt").unlink()  # the saved pipeline has its own
     loaded = Pipeline.from_pretrained(folder, dtype="auto")
@@ -250,7 +254,11 @@ def test_saving_again_over_a_saved_pipeline(pipe: Pipeline, tmp_path: Path) -> N
         ({"image": "cat.png"}, InputTypeError, "PIL image"),
         ({"image": picture(), "latents": torch.zeros(1, 4, 16, 16)}, InputError, "latents and image"),
         ({"mask_image": picture()}, InputError, "without image"),
-        ({"num_inference_steps": 0}, InputError, "num_inference_steps = 0: must be a whole number from 1 to the schedule's 1000"),
+        (
+            {"num_inference_steps": 0},
+            InputError,
+            "num_inference_steps = 0: must be a whole number from 1 to the schedule's 1000",
+        ),
         ({"num_inference_steps": 1001}, InputError, "1001"),
         ({"num_inference_steps": 4, "timesteps": [3, 1]}, InputError, "exclude"),
         ({"timesteps": [1, 3]}, InputError, "must fall"),
@@ -262,7 +270,11 @@ def test_saving_again_over_a_saved_pipeline(pipe: Pipeline, tmp_path: Path) -> N
         ({"seed": [1, 2]}, InputError, "2 seeds for 1 images"),
         ({"seed": 1, "generator": torch.Generator()}, InputError, "seed and generator"),
         ({"generator": [torch.Generator(), torch.Generator()]}, InputError, "2 generators for a batch of 1"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, InputError, r"latents have shape \(1, 4, 8, 8\); this call needs \(1, 4, 16, 16\)"),
+        (
+            {"latents": torch.zeros(1, 4, 8, 8)},
+            InputError,
+            r"latents have shape \(1, 4, 8, 8\); this call needs \(1, 4, 16, 16\)",
+        ),
         ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, NumericalError, "before step 1"),
         ({"output_type": "jpeg"}, InputError, "output_type = 'jpeg'"),
         ({"clip_skip": 1}, InputError, "does not take it"),
@@ -288,11 +300,11 @@ def test_nan_names_the_part_and_the_step(tmp_path: Path) -> None:
     pipe = tiny_pipeline(tmp_path)
     calls = iter(range(100))
     pipe.denoiser.register_forward_hook(lambda m, args, out: out * (torch.nan if next(calls) == 2 else 1))
-    with pytest.raises(NumericalError, match="the denoiser UNet produced .* at step 3 of 4"):
+    with pytest.raises(NumericalError, match=r"the denoiser UNet produced .* at step 3 of 4"):
         pipe("a pear")
     pipe = tiny_pipeline(tmp_path)
     torch.nn.init.constant_(pipe.autoencoder.decoder.conv_out.bias, torch.inf)
-    with pytest.raises(NumericalError, match="the autoencoder produced .* at decoding"):
+    with pytest.raises(NumericalError, match=r"the autoencoder produced .* at decoding"):
         pipe("a pear")
 
 
@@ -304,7 +316,9 @@ def test_parts_that_do_not_fit(pipe: Pipeline) -> None:
     with pytest.raises(InputTypeError, match="sampler must be a Sampler"):
         pipe.sampler = 3
     with pytest.raises(ConfigError, match="predicts 4 channels and the autoencoder's latents have 8"):
-        Pipeline(autoencoder=ldmkit.build("autoencoder", "kl", latent_channels=8, block_out_channels=[32]), denoiser=pipe.denoiser)
+        Pipeline(
+            autoencoder=ldmkit.build("autoencoder", "kl", latent_channels=8, block_out_channels=[32]), denoiser=pipe.denoiser
+        )
 
 
 def test_missing_truncated_corrupt_and_foreign_weights(pipe: Pipeline, tmp_path: Path) -> None:
