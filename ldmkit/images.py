@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ldmkit.errors import InputError, InputTypeError
@@ -120,37 +122,22 @@ def from_pixels(x_BCHW: Tensor, output_type: OutputType) -> Any:
 
 
 def grid(
-    images: Sequence[Image.Image], *, columns: int | None = None, gap: int = 4, labels: Sequence[str] | None = None
+    images: Sequence[Image.Image], *, columns: int | None = None, scale: int = 1, labels: Sequence[str] | None = None
 ) -> Image.Image:
-    """Pictures side by side on white, in rows, each with an optional line of text beneath."""
-    from PIL import ImageDraw, ImageFont
-
-    columns = columns or int(np.ceil(np.sqrt(len(images))))
-    rows = -(-len(images) // columns)
-    width, height = max(i.width for i in images), max(i.height for i in images)
-    size = max(9, width // 12)
-    font = ImageFont.load_default(size)
-    line = 0 if labels is None else 2 * int(size * 1.25)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + line + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
+    """Pictures of one size in rows on light grey, `scale` times enlarged, each over its label (two lines at most)."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].width * scale, images[0].height * scale
+    text_size = max(9, min(width // 12, 24))
+    margin, line = text_size, 0 if labels is None else int(2.6 * text_size)
+    cell_width, cell_height = width + margin, height + line + margin
+    sheet = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), (245, 245, 245))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(text_size)
     for k, image in enumerate(images):
-        x, y = gap + k % columns * (width + gap), gap + k // columns * (height + line + gap)
-        sheet.paste(image, (x, y))
+        left, top = margin + k % columns * cell_width, margin + k // columns * cell_height
+        sheet.paste(image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
         if labels is not None:
-            draw.multiline_text((x, y + height), _wrapped(labels[k], width, font), fill="black", font=font, spacing=1)
+            text = "\n".join(textwrap.wrap(labels[k], int(width / text_size * 1.9), max_lines=2, placeholder=" …"))
+            where = (left + width / 2, top + height + text_size / 4)
+            pen.multiline_text(where, text, fill=(40, 40, 40), font=font, anchor="ma", align="center", spacing=1)
     return sheet
-
-
-def _wrapped(text: str, width: int, font: Any) -> str:
-    """At most two lines that fit; what is left out is shown by an ellipsis."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        elif len(lines) == 2:
-            lines[-1] += "…"
-            break
-        else:
-            lines.append(word)
-    return "\n".join(lines)
