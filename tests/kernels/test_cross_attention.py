@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.kernels import cross_attention
 from ldmkit.kernels.cross_attention.reference import attend_without_dead_rows
-from tests.kernels.oracle import DTYPES, assert_within_bound, randn, seeds, values_and_gradients
+from tests.kernels.oracle import DTYPES, LOW, assert_within_bound, randn, seeds, values_and_gradients
 
 INF = float("inf")
 
@@ -86,6 +86,29 @@ def test_a_sample_without_keys_gives_its_keys_no_gradient():
     for gradient in gradients:
         assert gradient[0].any()
         assert not gradient[1].any()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("dtype", LOW)
+def test_large_scores_keep_their_gradients(dtype, scale):
+    """Scores in half precision would break the bound here."""
+    for seed in range(10):
+        q, k, v = (randn((2, 3, n, 16), seed + i, dtype, scale if i == 0 else 1.0) for i, n in enumerate((16, 77, 77)))
+        grad = randn(q.shape, seed + 9, dtype)
+        truth = values_and_gradients(lambda *t: oracle(*t, None, 0.25), [q.double(), k.double(), v.double()], grad.double())
+        got = values_and_gradients(cross_attention, [q, k, v], grad)
+        assert_within_bound(got, values_and_gradients(F.scaled_dot_product_attention, [q, k, v], grad), truth, dtype)
+
+
+def test_autocast_decides_the_dtype():
+    q, k = randn((2, 3, 5, 8), 0), randn((2, 3, 7, 8), 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trained = cross_attention(q, k.bfloat16(), k)
+        with torch.no_grad():
+            sampled = cross_attention(q, k.bfloat16(), k)
+    assert trained.dtype == sampled.dtype == torch.bfloat16
+    truth = oracle(q.double(), k.double(), k.double(), None, 8**-0.5)
+    assert_within_bound([trained.double()], [sampled.double()], [truth], torch.bfloat16)
 
 
 def test_no_keys_at_all_give_zero():
