@@ -32,7 +32,7 @@ def attend_without_dead_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scal
 
 
 def attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """The same by two matrix products and a softmax, all scores in memory; in fp32, since half-precision scores are too coarse."""
+    """The same by two products and a softmax, all scores in memory; in fp32, since half-precision scores are too coarse."""
     scores_BHLS = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if mask is None:
         return scores_BHLS.softmax(dim=-1) @ v
