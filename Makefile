@@ -32,10 +32,13 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The embedded model's weights, from its recipes; resumes where it was stopped.
+# The embedded model, from the font to the weights in the package; resumes where it was stopped.
 train-emoji: $(VENV)/.installed-dev
-	$(BIN)/ldmkit train autoencoder plugins/ldmkit_emoji/recipes/autoencoder.yaml
-	$(BIN)/ldmkit train diffusion plugins/ldmkit_emoji/recipes/diffusion.yaml
+	test -f runs/emoji/data/train.npz || $(BIN)/python -m ldmkit_emoji.data -o runs/emoji/data
+	$(BIN)/ldmkit train autoencoder plugins/ldmkit_emoji/recipes/autoencoder.yaml --out runs/emoji/autoencoder
+	$(BIN)/ldmkit train diffusion plugins/ldmkit_emoji/recipes/diffusion.yaml --out runs/emoji/diffusion
+	$(BIN)/python -m ldmkit_emoji.bundle runs/emoji/diffusion/pipeline
+	$(BIN)/python -m ldmkit_emoji.evaluate -o runs/emoji/report.json
 
 # torch comes first, and builds are not isolated, so that setup.py compiles against the torch that will run.
 $(VENV)/.installed: $(SOURCES)
