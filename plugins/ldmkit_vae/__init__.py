@@ -14,5 +14,11 @@ def ldmkit_components() -> Iterable[Component]:
             name="kl",
             target="ldmkit_vae.autoencoder:KLAutoencoder",
             summary="KL-regularised autoencoder of latent and Stable Diffusion.",
-        )
+        ),
+        Component(
+            kind="autoencoder",
+            name="identity",
+            target="ldmkit_vae.identity:IdentityAutoencoder",
+            summary="Pixels as they are, for denoisers that work on them.",
+        ),
     ]
