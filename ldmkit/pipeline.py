@@ -36,6 +36,9 @@ Callback = Callable[["Pipeline", int, float, dict[str, Tensor]], Mapping[str, Te
 """Called after each step with (pipe, step, timestep, {"latents": ..., "denoised": ...}); may return {"latents": changed}."""
 
 
+OVERFLOW = "in float16 this is usually an overflow: try dtype=torch.bfloat16 or float32"
+
+
 class Defaults(Config):
     """What a call uses for arguments that it does not give. Sizes in pixels; None = the caller must say."""
 
@@ -299,6 +302,7 @@ class Pipeline:
         options = {"total": state.levels.num_steps, "unit": "step", **self._progress}
         if progress is not None:
             options["disable"] = not progress
+        healthy: list[Tensor] = []
         with tqdm(**options) as bar:
             while not state.done:
                 step, level = state.step, state.level
@@ -309,7 +313,9 @@ class Pipeline:
 
                 state = sampler.step(denoise, state, draw)
                 state = task.blend(state)
-                _finite(state.x, f"the denoiser {type(self.denoiser).__name__}", f"step {step + 1} of {state.levels.num_steps}")
+                healthy.append(torch.isfinite(state.x).all())
+                if state.done or state.x.device.type == "cpu":  # elsewhere, looking at a number would wait for the device
+                    _check_steps(healthy, self.denoiser, state.levels.num_steps)
                 if callback is not None:
                     tensors = {"latents": state.x, "denoised": cast(Tensor, state.denoised)}
                     changed = callback(self, step, level.t, tensors) or {}
@@ -457,10 +463,14 @@ def _dtype_of(module: torch.nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
+def _check_steps(healthy: list[Tensor], denoiser: Denoiser, steps: int) -> None:
+    bad = [k for k, good in enumerate(torch.stack(healthy).tolist(), start=1) if not good]
+    if bad:
+        name = type(denoiser).__name__
+        raise NumericalError(f"the denoiser {name} produced NaN or infinite values at step {bad[0]} of {steps}; {OVERFLOW}")
+
+
 def _finite(x: Tensor | None, part: str, when: str) -> None:
     if x is not None and not bool(torch.isfinite(x).all()):
-        nans, infinities = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
-        raise NumericalError(
-            f"{part} produced {nans} NaN and {infinities} infinite values of {x.numel()} at {when}; in float16 this is usually "
-            "an overflow: try dtype=torch.bfloat16 or float32"
-        )
+        count = int((~torch.isfinite(x)).sum())
+        raise NumericalError(f"{part} produced {count} NaN or infinite values of {x.numel()} at {when}; {OVERFLOW}")
