@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast, get_args
 
@@ -15,17 +12,19 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ldmkit import arguments
 from ldmkit.checkpoints.parts import DType
+from ldmkit.checkpoints.pipelines import read_pipeline, write_pipeline
 from ldmkit.config import Config
 from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalError
 from ldmkit.guidance import classifier_free, unguided
 from ldmkit.images import OutputType, from_pixels
-from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Denoiser, Levels, Sampler, SamplerState
-from ldmkit.noise import GeneratorNoise, KeyedNoise, NoiseSource
+from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Denoiser, Part, Sampler, SamplerState
+from ldmkit.noise import NoiseSource
 from ldmkit.plugin.registry import build
 from ldmkit.prediction import Model, Prediction
 from ldmkit.schedule import NoiseSchedule
-from ldmkit.tasks import Task, prepare_task
+from ldmkit.tasks import Run, Task, prepare_task
 
 C = TypeVar("C", bound=Config)
 
@@ -159,9 +158,14 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | None = None) -> Path:
         """Write everything to a folder that `from_pretrained` gives back bit for bit. Raises: OutputError, PluginError."""
-        from ldmkit.checkpoints.pipelines import save_pipeline
-
-        return save_pipeline(self, Path(folder), max_shard_size=max_shard_size)
+        parts: dict[str, Part | None] = {
+            "autoencoder": self.autoencoder,
+            "denoiser": self.denoiser,
+            "conditioner": self.conditioner,
+            "sampler": self._sampler,
+        }
+        settings = {"schedule": self.schedule.config, "prediction": self.prediction.config, "defaults": self.defaults}
+        return write_pipeline(Path(folder), parts, settings, max_shard_size=max_shard_size)
 
     @classmethod
     def from_pretrained(
@@ -183,11 +187,10 @@ class Pipeline:
             CheckpointError, ArchitectureMismatchError: for files that are missing, damaged or do not fit.
             UnknownPartError: when it is neither a folder nor a registered name.
         """
-        from ldmkit.checkpoints.pipelines import load_pipeline
-
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise InputError(f"dtype = {dtype} and torch_dtype = {torch_dtype} differ; give one of them")
-        return load_pipeline(cls, name_or_folder, dtype=dtype or torch_dtype or torch.float32, device=device, parts=parts)
+        wanted = dtype or torch_dtype or torch.float32
+        return cls(**(read_pipeline(name_or_folder, dtype=wanted, device=device, without=parts) | parts))
 
     # -------------------------------------------------------------------------------------------------------------------- call
 
@@ -248,36 +251,45 @@ class Pipeline:
         """
         if output_type not in get_args(OutputType):
             raise InputError(f"output_type = {output_type!r}: must be one of {', '.join(get_args(OutputType))}")
-        guidance_scale = (
-            self.defaults.guidance_scale if guidance_scale is None else _number("guidance_scale", guidance_scale, low=0)
+        given = self.defaults
+        scale = arguments.number("guidance_scale", given.guidance_scale if guidance_scale is None else guidance_scale, low=0)
+        rescale = given.guidance_rescale if guidance_rescale is None else guidance_rescale
+        rescale = arguments.number("guidance_rescale", rescale, low=0, high=1)
+        copies = arguments.count("num_images_per_prompt", num_images_per_prompt)
+        options = arguments.conditioner_options(self.conditioner, clip_skip)
+        positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds)
+        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, scale)
+        count = positive.count * copies
+        sampler = arguments.with_eta(self._sampler, eta)
+        levels = arguments.levels(
+            sampler, self.schedule, num_inference_steps, timesteps, sigmas, default=given.num_inference_steps
         )
-        rescale = _number(
-            "guidance_rescale", self.defaults.guidance_rescale if guidance_rescale is None else guidance_rescale, 0, 1
-        )
-        if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise InputError(f"num_images_per_prompt = {num_images_per_prompt!r}: must be a whole number of at least 1")
-        inputs = self._inputs(prompt, class_labels, prompt_embeds)
-        negatives = self._negatives(negative_prompt, negative_prompt_embeds, inputs, guidance_scale)
-        count = (_batch(prompt_embeds) if inputs is None else len(inputs)) * num_images_per_prompt
-        sampler = self._sampler if eta is None else self._with_eta(eta)
-        levels = self._levels(sampler, num_inference_steps, timesteps, sigmas)
         self.prediction.check(levels)
-        noise, used_seed = self._noise(seed, generator, count, first_image)
-
-        compute = torch.promote_types(self.dtype, torch.float32)
+        noise, used_seed = arguments.noise_source(
+            seed, generator, count=count, first_image=first_image, device=self.device, dtype=self.dtype
+        )
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        run = Run(self.autoencoder, self.denoiser, levels, count, noise, self.device, dtype)
         task = prepare_task(
-            self, image=image, mask_image=mask_image, strength=strength, height=height, width=width, latents=latents,
-            levels=levels, count=count, noise=noise, dtype=compute,
-        )  # fmt: skip
-        condition = self._condition(inputs, prompt_embeds, clip_skip).repeat(num_images_per_prompt)
-        condition = task.extend(condition)
-        self.denoiser.check(condition)
-        _finite(condition.tokens_BLC, "the conditioner", "encoding the prompt")
+            run,
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
+            size=(height, width),
+            default_size=(given.height, given.width),
+            latents=latents,
+        )
 
-        model = Model(self.denoiser, self.prediction)
-        if guidance_scale > 1 and negatives is not None:
-            negative = self._condition(negatives.inputs, negatives.embeds, clip_skip).repeat(num_images_per_prompt)
-            denoise = classifier_free(model, condition, task.extend(negative), guidance_scale, rescale=rescale)
+        def conditioned(on: arguments.Asked) -> Condition:
+            made = on.condition(self.conditioner, **options).repeat(copies)
+            _finite(made.tokens_BLC, "the conditioner", "encoding the prompt")
+            made = task.extend(made).to(device=self.device, dtype=self.dtype)
+            self.denoiser.check(made)
+            return made
+
+        model, condition = Model(self.denoiser, self.prediction), conditioned(positive)
+        if scale > 1 and negative is not None:
+            denoise = classifier_free(model, condition, conditioned(negative), scale, rescale=rescale)
         else:
             denoise = unguided(model, condition)
         state = sampler.init(task.noise, task.levels, start=task.start)
@@ -323,117 +335,6 @@ class Pipeline:
                 bar.update()
         return state
 
-    # ------------------------------------------------------------------------------------------------------------ the arguments
-
-    def _inputs(self, prompt: Any, labels: Any, embeds: Any) -> list[Any] | None:
-        given = [name for name, v in (("prompt", prompt), ("class_labels", labels), ("prompt_embeds", embeds)) if v is not None]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} were both given; give one of them")
-        if not given:
-            if self.conditioner is not None:
-                raise InputError("nothing to draw was given: pass prompt=, class_labels= or prompt_embeds=")
-            return [None]
-        if embeds is not None:
-            return None
-        value = prompt if prompt is not None else labels
-        if self.conditioner is None:
-            raise InputError(f"{given[0]} was given, but this pipeline has no conditioner: it is unconditional")
-        if prompt is not None and not isinstance(prompt, str) and not isinstance(prompt, Sequence):
-            raise InputTypeError(f"prompt must be a string or a list of strings, got {type(prompt).__name__}")
-        inputs = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-        if not inputs:
-            raise InputError(f"{given[0]} is an empty list")
-        if prompt is not None:
-            for k, entry in enumerate(inputs):
-                if not isinstance(entry, str):
-                    raise InputTypeError(f"prompt must be a string or a list of strings, but entry {k} is {entry!r}")
-        self.conditioner.check(inputs)
-        return inputs
-
-    def _negatives(self, prompt: Any, embeds: Any, inputs: list[Any] | None, scale: float) -> _Negatives | None:
-        if self.conditioner is None and embeds is None:
-            if prompt is not None:
-                raise InputError("negative_prompt was given, but this pipeline has no conditioner")
-            return None
-        if prompt is not None and embeds is not None:
-            raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-        if scale <= 1 and (prompt is not None or embeds is not None):
-            warnings.warn(
-                f"the negative prompt has no effect at guidance_scale = {scale:g}: guidance is off up to 1", stacklevel=3
-            )
-        if embeds is not None:
-            return _Negatives(None, embeds)
-        if self.conditioner is None:
-            raise InputError("guidance of prompt_embeds without a conditioner needs negative_prompt_embeds")
-        wanted = 1 if inputs is None else len(inputs)
-        if prompt is not None and not isinstance(prompt, Sequence):
-            raise InputTypeError(f"negative_prompt must be a string or a list of strings, got {type(prompt).__name__}")
-        values = [self.conditioner.null_input] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        if len(values) == 1:
-            values = values * wanted
-        if len(values) != wanted:
-            raise InputError(f"{len(values)} negative prompts for {wanted} prompts; give one, or one per prompt")
-        for k, entry in enumerate(values):
-            if prompt is not None and not isinstance(entry, str):
-                raise InputTypeError(f"negative_prompt must be a string or a list of strings, but entry {k} is {entry!r}")
-        self.conditioner.check(values)
-        return _Negatives(values, None)
-
-    def _condition(self, inputs: list[Any] | None, embeds: Any, clip_skip: int | None) -> Condition:
-        options: dict[str, Any] = {}
-        if clip_skip is not None:
-            if self.conditioner is None or "clip_skip" not in signature(self.conditioner.forward).parameters:
-                raise InputError(f"clip_skip = {clip_skip} was given, but {type(self.conditioner).__name__} does not take it")
-            options["clip_skip"] = clip_skip
-        if embeds is not None:
-            made = embeds if isinstance(embeds, Condition) else Condition(tokens_BLC=embeds)
-        elif self.conditioner is None or inputs is None:
-            return Condition()
-        else:
-            made = self.conditioner(inputs, **options)
-        return made.to(device=self.device, dtype=self.dtype)
-
-    def _with_eta(self, eta: float) -> Sampler:
-        sampler = self._sampler
-        if "eta" not in type(sampler.config).model_fields:
-            raise InputError(f"eta = {eta!r} was given, but the sampler {type(sampler).__name__} has none; leave it out")
-        return type(sampler)(sampler.config.replace(eta=_number("eta", eta, low=0)))
-
-    def _levels(self, sampler: Sampler, steps: int | None, timesteps: Any, sigmas: Any) -> Levels:
-        named = {"num_inference_steps": steps, "timesteps": timesteps, "sigmas": sigmas}
-        given = [name for name, value in named.items() if value is not None]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} were given; they exclude one another")
-        if timesteps is not None:
-            return sampler.levels_from_timesteps(self.schedule, list(timesteps))
-        if sigmas is not None:
-            return sampler.levels_from_sigmas(self.schedule, list(sigmas))
-        return sampler.levels(self.schedule, self.defaults.num_inference_steps if steps is None else steps)
-
-    def _noise(self, seed: Any, generator: Any, count: int, first: int) -> tuple[NoiseSource, int | list[int] | None]:
-        if generator is not None:
-            if seed is not None:
-                raise InputError("seed and generator were both given; give one of them")
-            return GeneratorNoise(generator, device=self.device, draw_dtype=self.dtype), None
-        if seed is None:
-            seed = secrets.randbits(32)
-        seeds = list(seed) if isinstance(seed, Sequence) else seed
-        images = [first + k for k in range(count)] if isinstance(seeds, int) else [first] * count
-        return KeyedNoise(seeds, images, device=self.device), seeds
-
-
-@dataclasses.dataclass(frozen=True)
-class _Negatives:
-    inputs: list[Any] | None
-    embeds: Any
-
-
-def _batch(embeds: Tensor | Condition | None) -> int:
-    size = embeds.batch_size if isinstance(embeds, Condition) else None if embeds is None else len(embeds)
-    if size is None:
-        raise InputError("prompt_embeds is an empty Condition: it sets no field")
-    return size
-
 
 def _config(cls: type[C], value: C | Mapping[str, Any] | None) -> C | None:
     return value if value is None or isinstance(value, cls) else cls.parse(cast(Mapping[str, Any], value))
@@ -450,13 +351,6 @@ def _part(kind: str, value: PartLike, base: type) -> Any:
     if not isinstance(value, base):
         raise InputTypeError(f"{kind} must be a {base.__name__}, a name or a mapping with 'name', got {type(value).__name__}")
     return value
-
-
-def _number(name: str, value: Any, low: float, high: float = float("inf")) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        allowed = f"a number of at least {low:g}" if high == float("inf") else f"a number from {low:g} to {high:g}"
-        raise InputError(f"{name} = {value!r}: must be {allowed}")
-    return float(value)
 
 
 def _dtype_of(module: torch.nn.Module) -> torch.dtype:

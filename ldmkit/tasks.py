@@ -8,18 +8,15 @@ without resampling), or, with a denoiser that has the channels for it, is told m
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalError
 from ldmkit.images import to_mask, to_pixels
-from ldmkit.interfaces import Condition, Level, Levels, SamplerState
+from ldmkit.interfaces import Autoencoder, Condition, Denoiser, Level, Levels, SamplerState
 from ldmkit.noise import GeneratorNoise, NoiseSource
-
-if TYPE_CHECKING:
-    from ldmkit.pipeline import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,142 +53,166 @@ class Task:
         return dataclasses.replace(state, x=self.mask * state.x + (1 - self.mask) * kept)
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every task needs to know of the run it is prepared for.
+
+    Attributes:
+        levels: of the whole run. count: pictures to make. noise: where random numbers come from.
+        device, dtype: of the latents.
+    """
+
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+    levels: Levels
+    count: int
+    noise: NoiseSource
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return self.autoencoder.latent_channels
+
+    @property
+    def told(self) -> int:
+        """Channels the denoiser takes beside the latents."""
+        return self.denoiser.in_channels - self.channels
+
+    def latent_size(self, height: Any, width: Any) -> tuple[int, int]:
+        """Pixels => latents. Raises: InputError, InputTypeError for what is missing, no whole number, or not divisible."""
+        multiple = self.autoencoder.downscale * self.denoiser.multiple_of
+        for name, value in (("height", height), ("width", width)):
+            if value is None:
+                raise InputError(f"{name} was not given and this pipeline has no default for it; pass {name}= in pixels")
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputTypeError(f"{name} = {value!r}: must be a whole number of pixels")
+            if value < 1 or value % multiple:
+                near = sorted({max(multiple, value // multiple * multiple), (value // multiple + 1) * multiple})
+                nearest = " and ".join(map(str, near))
+                raise InputError(f"{name} = {value}: must be a multiple of {multiple}; the nearest are {nearest}")
+        return height // self.autoencoder.downscale, width // self.autoencoder.downscale
+
+    def first_noise(self, latents: Any, size: tuple[int, int]) -> Tensor:
+        """The noise the run starts from, (B, C, H, W): drawn, or the user's own."""
+        shape = (self.count, self.channels, *size)
+        if latents is None:
+            return self.noise(shape, step=-1, draw=0, dtype=self.dtype)
+        if not isinstance(latents, Tensor):
+            raise InputTypeError(f"latents must be a tensor, got {type(latents).__name__}")
+        if tuple(latents.shape) != shape:
+            raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
+        if bad := int((~torch.isfinite(latents)).sum()):
+            raise NumericalError(f"the given latents hold {bad} NaN or infinite values (before step 1)")
+        return latents.to(device=self.device, dtype=self.dtype)
+
+    def encode(self, pixels: Tensor, *, draw: int) -> Tensor:
+        """Pictures => sampled latents, one per wanted picture.
+
+        Keyed noise gives every picture its own draw. A generator is asked for one draw per given image, as diffusers asks it.
+        """
+        weights = next((p for p in self.autoencoder.parameters()), pixels)
+        posterior = self.autoencoder.encode(pixels.to(device=weights.device, dtype=weights.dtype))
+        mode = posterior.mode()
+        if not bool(torch.isfinite(mode).all()):
+            raise NumericalError("the autoencoder produced NaN or infinite values at encoding the image (before step 1)")
+        one = isinstance(self.noise, GeneratorNoise) and isinstance(self.noise.generator, torch.Generator)
+        shape = (len(mode) if one else self.count, *mode.shape[1:])
+        return self.per_picture(posterior.sample(self.noise(shape, step=-1, draw=draw, dtype=mode.dtype))).to(self.dtype)
+
+    def per_picture(self, x: Tensor) -> Tensor:
+        """Rows repeated (a, a, b, b) up to the number of pictures."""
+        return x.repeat_interleave(self.count // len(x), dim=0)
+
+    def last_part(self, strength: float) -> Levels:
+        """The last int(N * strength) steps, as diffusers counts them. Raises: InputError where none is left."""
+        total = self.levels.num_steps
+        steps = min(int(total * strength), total)
+        if steps < 1:
+            raise InputError(
+                f"strength = {strength:g} of {total} steps leaves none to take; raise strength or num_inference_steps"
+            )
+        return self.levels[total - steps :]
+
+
 def prepare_task(
-    pipe: Pipeline,
+    run: Run,
     *,
     image: Any,
     mask_image: Any,
     strength: float | None,
-    height: int | None,
-    width: int | None,
-    latents: Tensor | None,
-    levels: Levels,
-    count: int,
-    noise: NoiseSource,
-    dtype: torch.dtype,
+    size: tuple[int | None, int | None],
+    default_size: tuple[int | None, int | None],
+    latents: Any,
 ) -> Task:
     """Check the task's arguments and encode its pictures.
 
+    Args:
+        size, default_size: (height, width) in pixels, as given and as the pipeline's defaults have them.
+
     Raises:
-        InputError, InputTypeError: for arguments that cannot be served.
+        InputError, InputTypeError, ConfigError: for arguments that cannot be served, before any work.
     """
-    channels = pipe.autoencoder.latent_channels
-    told = pipe.denoiser.in_channels - channels
     if image is None:
-        if mask_image is not None:
-            raise InputError("mask_image was given without image; inpainting needs both")
-        if strength is not None:
-            raise InputError(f"strength = {strength!r} was given without image; it belongs to image-to-image and inpainting")
-        shape = (count, channels, *_latent_size(pipe, *_size(pipe, height, width)))
-        return Task(levels, _initial(latents, shape, noise, dtype, pipe.device))
-    if isinstance(strength, bool) or not isinstance(strength, int | float | None) or not 0 <= (strength or 0) <= 1:
-        raise InputError(f"strength = {strength!r}: must be a number from 0 to 1")
+        for name, value in (("mask_image", mask_image), ("strength", strength)):
+            if value is not None:
+                shown = "" if name == "mask_image" else f" = {value!r}"
+                raise InputError(f"{name}{shown} was given without image; it belongs to image-to-image and inpainting")
+        height, width = (default if given is None else given for given, default in zip(size, default_size, strict=True))
+        return Task(run.levels, run.first_noise(latents, run.latent_size(height, width)))
+
     if strength is None:
         strength = 0.8 if mask_image is None else 1.0
-    if latents is not None and mask_image is None:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise InputError(f"strength = {strength!r}: must be a number from 0 to 1")
+    pixels = _pixels(run, image, size)
+    if mask_image is not None:
+        return _inpainting(run, pixels, mask_image, strength, latents)
+    if latents is not None:
         raise InputError("latents and image were both given: image-to-image makes its own start from the image")
-    size = None
-    if height is not None or width is not None:
-        if height is None or width is None:
-            raise InputError("give both height and width to resize the image, or neither")
-        size = (height, width)
-    pixels = to_pixels(image, channels=pipe.autoencoder.image_channels, size=size)
-    if count % len(pixels):
-        raise InputError(f"{len(pixels)} images for {count} pictures; give one, or one per prompt")
-    latent_size = _latent_size(pipe, *pixels.shape[2:])
-    mask = None if mask_image is None else to_mask(mask_image, size=(pixels.shape[2], pixels.shape[3]))
-    if mask is not None and count % len(mask):
-        raise InputError(f"{len(mask)} masks for {count} pictures; give one, or one per prompt")
-    if mask is not None and told not in (0, channels + 1):
-        raise ConfigError(
-            f"inpainting needs a denoiser with {channels} input channels (blending) or {2 * channels + 1} (latents, mask, "
-            f"masked image); this one has {pipe.denoiser.in_channels}"
-        )
-
-    rest = _last_part(levels, strength)
-    from_noise = mask is not None and strength == 1
-    start = None  # in the order in which diffusers encodes and draws, so that a generator gives the same numbers
-    if told == 0 or not from_noise:
-        start = _encode(pipe, pixels, noise, count, draw=1, dtype=dtype)
-    shape = (count, channels, *latent_size)
-    first = _initial(latents, shape, noise, dtype, pipe.device)
-    if mask is None:
-        return Task(rest, first, start=start)
-
-    mask = mask.to(device=pipe.device, dtype=dtype)
-    latent_mask = _per_picture(torch.nn.functional.interpolate(mask, size=latent_size), count)
-    masked = pixels.to(mask) * (mask < 0.5)
-    if told == 0:
-        if isinstance(noise, GeneratorNoise):  # diffusers encodes the masked image here too, though nothing uses it
-            noise((len(masked), *shape[1:]), step=-1, draw=2, dtype=dtype)
-        return Task(rest, first, start=None if from_noise else start, keep=start, mask=latent_mask)
-    masked_latents = _encode(pipe, masked, noise, count, draw=2, dtype=dtype)
-    spatial = torch.cat([latent_mask, masked_latents], dim=1).to(pipe.dtype)
-    return Task(rest, first, start=start, spatial=spatial)
+    rest = run.last_part(strength)
+    start = run.encode(pixels, draw=1)
+    return Task(rest, run.first_noise(None, (start.shape[2], start.shape[3])), start=start)
 
 
-def _size(pipe: Pipeline, height: int | None, width: int | None) -> tuple[int | None, int | None]:
-    return pipe.defaults.height if height is None else height, pipe.defaults.width if width is None else width
+def _pixels(run: Run, image: Any, size: tuple[int | None, int | None]) -> Tensor:
+    height, width = size
+    if (height is None) != (width is None):
+        raise InputError("give both height and width to resize the image, or neither")
+    wanted = None if height is None or width is None else (height, width)
+    if wanted is not None:
+        run.latent_size(*wanted)
+    pixels = to_pixels(image, channels=run.autoencoder.image_channels, size=wanted)
+    if run.count % len(pixels):
+        raise InputError(f"{len(pixels)} images for {run.count} pictures; give one, or one per prompt")
+    run.latent_size(*pixels.shape[2:])
+    return pixels
 
 
-def _latent_size(pipe: Pipeline, height: Any, width: Any) -> tuple[int, int]:
-    factor = pipe.autoencoder.downscale
-    multiple = factor * pipe.denoiser.multiple_of
-    for name, value in (("height", height), ("width", width)):
-        if value is None:
-            raise InputError(f"{name} was not given and this pipeline has no default for it; pass {name}= in pixels")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputTypeError(f"{name} = {value!r}: must be a whole number of pixels")
-        if value < 1 or value % multiple:
-            near = sorted({max(multiple, value // multiple * multiple), (value // multiple + 1) * multiple})
-            raise InputError(
-                f"{name} = {value}: must be a multiple of {multiple}; the nearest are {' and '.join(map(str, near))}"
-            )
-    return height // factor, width // factor
+def _inpainting(run: Run, pixels: Tensor, mask_image: Any, strength: float, latents: Any) -> Task:
+    """Blending with a plain denoiser; mask and masked picture told to one that takes them.
 
-
-def _initial(
-    latents: Tensor | None, shape: tuple[int, ...], noise: NoiseSource, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    if latents is None:
-        return noise(shape, step=-1, draw=0, dtype=dtype)
-    if not isinstance(latents, Tensor):
-        raise InputTypeError(f"latents must be a tensor, got {type(latents).__name__}")
-    if tuple(latents.shape) != shape:
-        raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
-    if not bool(torch.isfinite(latents).all()):
-        raise NumericalError(
-            f"the given latents hold {int((~torch.isfinite(latents)).sum())} NaN or infinite values (before step 1)"
-        )
-    return latents.to(device=device, dtype=dtype)
-
-
-def _encode(pipe: Pipeline, pixels: Tensor, noise: NoiseSource, count: int, *, draw: int, dtype: torch.dtype) -> Tensor:
-    """Pictures => sampled latents, one per wanted picture.
-
-    Keyed noise gives every picture its own draw. A generator is asked for one draw per given image, as diffusers asks it.
+    Encodes and draws in the order diffusers does, so that a generator gives the same numbers.
     """
-    weights = next((p for p in pipe.autoencoder.parameters()), pixels)
-    posterior = pipe.autoencoder.encode(pixels.to(device=weights.device, dtype=weights.dtype))
-    mode = posterior.mode()
-    if not bool(torch.isfinite(mode).all()):
-        raise NumericalError("the autoencoder produced NaN or infinite values at encoding the image (before step 1)")
-    rows = len(mode) if isinstance(noise, GeneratorNoise) and isinstance(noise.generator, torch.Generator) else count
-    drawn = posterior.sample(noise((rows, *mode.shape[1:]), step=-1, draw=draw, dtype=mode.dtype))
-    return _per_picture(drawn, count).to(dtype)
-
-
-def _per_picture(x: Tensor, count: int) -> Tensor:
-    """Rows repeated (a, a, b, b) up to the number of pictures."""
-    return x.repeat_interleave(count // len(x), dim=0)
-
-
-def _last_part(levels: Levels, strength: float) -> Levels:
-    """The last int(N * strength) steps, as diffusers counts them."""
-    steps = min(int(levels.num_steps * strength), levels.num_steps)
-    if steps < 1:
-        raise InputError(
-            f"strength = {strength:g} of {levels.num_steps} steps leaves none to take; raise strength or num_inference_steps"
+    if run.told not in (0, run.channels + 1):
+        raise ConfigError(
+            f"inpainting needs a denoiser with {run.channels} input channels (blending) or {2 * run.channels + 1} (latents, "
+            f"mask, masked image); this one has {run.denoiser.in_channels}"
         )
-    rest: Levels = levels[levels.num_steps - steps :]
-    return rest
+    mask = to_mask(mask_image, size=(pixels.shape[2], pixels.shape[3]))
+    if run.count % len(mask):
+        raise InputError(f"{len(mask)} masks for {run.count} pictures; give one, or one per prompt")
+    rest, size = run.last_part(strength), run.latent_size(*pixels.shape[2:])
+    mask = mask.to(device=run.device, dtype=run.dtype)
+    latent_mask = run.per_picture(torch.nn.functional.interpolate(mask, size=size))
+    masked = pixels.to(mask) * (mask < 0.5)
+    blending, from_noise = run.told == 0, strength == 1
+    encoded = run.encode(pixels, draw=1) if blending or not from_noise else None
+    first = run.first_noise(latents, size)
+    start = None if from_noise else encoded
+    if blending:
+        if isinstance(run.noise, GeneratorNoise):  # diffusers encodes the masked image here too, though nothing uses it
+            run.noise((len(masked), *first.shape[1:]), step=-1, draw=2, dtype=run.dtype)
+        return Task(rest, first, start=start, keep=encoded, mask=latent_mask)
+    return Task(rest, first, start=start, spatial=torch.cat([latent_mask, run.encode(masked, draw=2)], dim=1))

@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
 from ldmkit.checkpoints.parts import DType, describe_part, load_part, write_part
+from ldmkit.config import Config
 from ldmkit.errors import CheckpointError, InputTypeError, UnknownPartError
+from ldmkit.interfaces import Part
 from ldmkit.plugin.registry import registry
-
-if TYPE_CHECKING:
-    from ldmkit.pipeline import Pipeline
-
-P = TypeVar("P", bound="Pipeline")
 
 FORMAT = 1
 INDEX = "pipeline.json"
 MODULES = ("autoencoder", "denoiser", "conditioner")
 
 
-def save_pipeline(pipe: Pipeline, folder: Path, *, max_shard_size: int | None = None) -> Path:
-    """Write a pipeline; see `Pipeline.save_pretrained`."""
+def write_pipeline(
+    folder: Path, parts: Mapping[str, Part | None], settings: Mapping[str, Config], *, max_shard_size: int | None = None
+) -> Path:
+    """Write a pipeline's parts (by kind) and settings (by name); see `ldmkit.Pipeline.save_pretrained`."""
     from ldmkit import __version__
 
-    sampler = describe_part(pipe.sampler)
+    index: dict[str, Any] = {"format": FORMAT, "ldmkit_version": __version__, "parts": dict.fromkeys(MODULES)}
     with atomic_folder(folder) as temporary:
-        for kind, part in pipe.modules.items():
-            (temporary / kind).mkdir()
-            write_part(part, temporary / kind, max_shard_size=max_shard_size)  # type: ignore[arg-type]
-        index = {
-            "format": FORMAT,
-            "ldmkit_version": __version__,
-            "parts": {kind: kind if kind in pipe.modules else None for kind in MODULES},
-            "sampler": {"name": sampler["name"], **sampler["config"]},
-            "schedule": pipe.schedule.config.to_dict(),
-            "prediction": pipe.prediction.config.to_dict(),
-            "defaults": pipe.defaults.to_dict(),
-        }
-        write_json(temporary / INDEX, index)
+        for kind, part in parts.items():
+            if kind in MODULES and part is not None:
+                (temporary / kind).mkdir()
+                write_part(part, temporary / kind, max_shard_size=max_shard_size)
+                index["parts"][kind] = kind
+            elif part is not None:
+                description = describe_part(part)
+                index[kind] = {"name": description["name"], **description["config"]}
+        write_json(temporary / INDEX, index | {name: config.to_dict() for name, config in settings.items()})
     return folder
 
 
@@ -62,10 +57,14 @@ def resolve(name_or_folder: str | Path) -> Path:
         raise UnknownPartError(f"{name_or_folder!r} is not a folder, and {error}") from None
 
 
-def load_pipeline(
-    cls: type[P], name_or_folder: str | Path, *, dtype: DType, device: torch.device | str, parts: Mapping[str, Any]
-) -> P:
-    """Read a pipeline; see `Pipeline.from_pretrained`."""
+def read_pipeline(
+    name_or_folder: str | Path, *, dtype: DType, device: torch.device | str, without: Collection[str] = ()
+) -> dict[str, Any]:
+    """The arguments that make a saved pipeline again; see `ldmkit.Pipeline.from_pretrained`.
+
+    Args:
+        without: parts not to read.
+    """
     if not isinstance(name_or_folder, str | Path):
         raise InputTypeError(f"from_pretrained takes a folder or a name, got {type(name_or_folder).__name__}")
     folder = resolve(name_or_folder)
@@ -76,13 +75,11 @@ def load_pipeline(
                 f"{folder / INDEX} has format {index['format']}; this ldmkit reads up to {FORMAT}: upgrade it"
             )
         arguments: dict[str, Any] = {key: index[key] for key in ("sampler", "schedule", "prediction", "defaults")}
-        present = {kind: index["parts"][kind] for kind in MODULES}
+        present = {kind: index["parts"][kind] is not None for kind in MODULES}
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / INDEX} lacks or mangles {error}; it is not a pipeline that save_pretrained wrote"
         ) from None
-    arguments |= parts
-    for kind, where in present.items():
-        if kind not in parts:
-            arguments[kind] = None if where is None else load_part(folder / kind, kind=kind, dtype=dtype, device=device)
-    return cls(**arguments)
+    for kind in (kind for kind in MODULES if kind not in without):
+        arguments[kind] = load_part(folder / kind, kind=kind, dtype=dtype, device=device) if present[kind] else None
+    return arguments

@@ -1,1 +1,1 @@
-"""Testing tools that are shipped: oracles, Hypothesis strategies, conformance kits. Nothing else that is shipped imports this."""
+"""Test tools that are shipped: oracles, Hypothesis strategies. Nothing else that is shipped imports this."""
