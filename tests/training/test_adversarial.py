@@ -102,7 +102,9 @@ def test_perceptual_distance(vgg: Path) -> None:
             expected += (unit[0] - unit[1]).square().sum(1).mean((1, 2))
     found = distance(a, b)
     assert found.shape == (2,)
-    assert (found - expected).abs().max() <= 1e3 * torch.finfo(torch.float32).eps * expected.max()  # 13 layers of 4608-term sums
+    assert (found - expected).abs().max() <= 1e3 * torch.finfo(
+        torch.float32
+    ).eps * expected.max()  # 13 layers of 4608-term sums
     assert torch.equal(distance(a, a), torch.zeros(2))
 
 

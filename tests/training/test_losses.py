@@ -66,7 +66,9 @@ def test_a_network_that_knows_x0_has_no_loss(kind: dict[str, Any]) -> None:
     assert loss_B.shape == (4,)
     # The loss is taken in float32: an error of a few eps of the answer, squared.
     assert loss_B.max() <= (4 * torch.finfo(torch.float32).eps * answer.abs().max()) ** 2
-    noisy = torch.stack([(level.alpha * x + level.sigma * n) / level.scale for x, n, level in zip(x0, noise, found, strict=True)])
+    noisy = torch.stack(
+        [(level.alpha * x + level.sigma * n) / level.scale for x, n, level in zip(x0, noise, found, strict=True)]
+    )
     assert torch.allclose(denoiser.asked[0], noisy, rtol=0, atol=1e-12)
     assert torch.equal(denoiser.asked[1], numbers["t_B"])
 
@@ -109,7 +111,9 @@ def test_min_snr_weights_by_hand() -> None:
 def test_weights_at_zero_signal_are_finite() -> None:
     alpha, sigma = torch.zeros(1), torch.ones(1)
     weighting = WeightingConfig(name="min_snr")
-    found = {k["type"]: level_weight(weighting, Prediction(Prediction.Config.parse(k)), alpha, sigma).item() for k in PREDICTIONS[:3]}
+    found = {
+        k["type"]: level_weight(weighting, Prediction(Prediction.Config.parse(k)), alpha, sigma).item() for k in PREDICTIONS[:3]
+    }
     assert found == {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}
 
 

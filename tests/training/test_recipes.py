@@ -24,7 +24,8 @@ def write(folder: Path, text: str) -> Path:
 
 def test_numbers_and_words_are_read_as_written(tmp_path: Path) -> None:
     recipe = load_recipe(
-        AutoencoderRecipe, write(tmp_path, RECIPE + "mixed_precision: no\noptimizer: {lr: 1e-4, eps: 1E-7}\nchannels_last: true")
+        AutoencoderRecipe,
+        write(tmp_path, RECIPE + "mixed_precision: no\noptimizer: {lr: 1e-4, eps: 1E-7}\nchannels_last: true"),
     )
     assert (recipe.mixed_precision, recipe.optimizer.lr, recipe.optimizer.eps) == ("no", 1e-4, 1e-7)
     assert recipe.channels_last is True
@@ -104,7 +105,9 @@ def test_diffusion_mistakes(tmp_path: Path, line: str, message: str) -> None:
 
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, RECIPE)
-    recipe = load_recipe(AutoencoderRecipe, path, ["optimizer.lr=1e-5", "data.flip=true", "autoencoder.latent_channels=8", "steps=3"])
+    recipe = load_recipe(
+        AutoencoderRecipe, path, ["optimizer.lr=1e-5", "data.flip=true", "autoencoder.latent_channels=8", "steps=3"]
+    )
     assert (recipe.optimizer.lr, recipe.data.flip, recipe.steps) == (1e-5, True, 3)
     assert recipe.autoencoder == {"name": "kl", "latent_channels": 8}
 

@@ -44,12 +44,12 @@ def squares(n: int = 24) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def autoencoder_values(data: Path, **changes: Any) -> dict[str, Any]:
+def autoencoder_values(folder: Path, /, **changes: Any) -> dict[str, Any]:
     """A stage-one recipe as plain values."""
     return {
         "autoencoder": KL,
-        "data": {"npz": str(data / "squares.npz"), "size": SIZE},
-        "optimizer": {"lr": 3e-3, "warmup_steps": 2, "decay": "cosine"},
+        "data": {"npz": str(folder / "squares.npz"), "size": SIZE},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 1, "decay": "cosine"},
         "batch_size": 4,
         "steps": 8,
         "log_every": 3,
@@ -59,12 +59,12 @@ def autoencoder_values(data: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def diffusion_values(data: Path, autoencoder: Path, **changes: Any) -> dict[str, Any]:
+def diffusion_values(folder: Path, trained: Path, /, **changes: Any) -> dict[str, Any]:
     """A stage-two recipe as plain values."""
     return {
-        **autoencoder_values(data),
-        "autoencoder": str(autoencoder),
-        "data": {"npz": str(data / "squares.npz"), "size": SIZE, "condition_key": "y"},
+        **autoencoder_values(folder),
+        "autoencoder": str(trained),
+        "data": {"npz": str(folder / "squares.npz"), "size": SIZE, "condition_key": "y"},
         "denoiser": UNET,
         "conditioner": LABELS,
         "preview": {"inputs": [0, 1], "num_inference_steps": 2},
@@ -72,11 +72,11 @@ def diffusion_values(data: Path, autoencoder: Path, **changes: Any) -> dict[str,
     }
 
 
-def stage_one(data: Path, **changes: Any) -> AutoencoderRecipe:
+def stage_one(folder: Path, /, **changes: Any) -> AutoencoderRecipe:
     """A stage-one recipe."""
-    return AutoencoderRecipe.parse(autoencoder_values(data, **changes))
+    return AutoencoderRecipe.parse(autoencoder_values(folder, **changes))
 
 
-def stage_two(data: Path, autoencoder: Path, **changes: Any) -> DiffusionRecipe:
+def stage_two(folder: Path, trained: Path, /, **changes: Any) -> DiffusionRecipe:
     """A stage-two recipe."""
-    return DiffusionRecipe.parse(diffusion_values(data, autoencoder, **changes))
+    return DiffusionRecipe.parse(diffusion_values(folder, trained, **changes))
