@@ -146,6 +146,11 @@ def _read_optimizers(tensors: Mapping[str, Tensor], optimizers: Mapping[str, tor
         parameter = parameters[int(index)]
         if tensor.ndim == 0:
             restored = tensor.to(parameter.device if parameter.is_cuda else "cpu")  # the step count, where AdamW keeps it
+        elif tensor.shape != parameter.shape:
+            raise ArchitectureMismatchError(
+                f"{folder / 'optimizer.safetensors'}: {key!r} has shape {tuple(tensor.shape)} and the parameter in its place "
+                f"{tuple(parameter.shape)}; the recipe groups parameters otherwise than the run did"
+            )
         else:  # in the parameter's own memory order, which fused kernels rely on
             restored = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
         optimizers[name].state[parameter][quantity] = restored

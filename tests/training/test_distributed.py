@@ -38,7 +38,6 @@ def test_two_processes_equal_one_up_to_rounding(data: Path, autoencoder: Path, t
         assert [process.wait(timeout=300) for process in processes] == [0, 0]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 8
-    # The first step differs by the rounding of a mean of means; AdamW's normalisation then amplifies rounding from step to step.
-    eps = np.finfo(np.float32).eps
-    assert abs(one[0] - two[0]) <= 4 * eps * one[0]
-    assert np.abs(one - two).max() <= 1e-3 * one.max()
+    # Each step adds the rounding of a mean of means, in the loss and through the weights.
+    steps = np.arange(1, 9)
+    assert (np.abs(one - two) <= 4 * np.finfo(np.float32).eps * steps * one.max()).all()

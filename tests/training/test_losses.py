@@ -76,7 +76,7 @@ def test_a_network_that_knows_x0_has_no_loss(kind: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", PREDICTIONS, ids=str)
 @given(data=st.data())
 def test_min_snr_is_one_weight_on_x0_whatever_is_predicted(kind: dict[str, Any], data: st.DataObject) -> None:
-    """weight |raw error|^2 = min(SNR, gamma) |x0 error|^2 (Hang et al. 2023, sec. 3.4), where the raw output means noise or v."""
+    """weight |raw error|^2 = min(SNR, gamma) |x0 error|^2 (Hang et al. 2023, sec. 3.4), whatever the raw output means."""
     t, gamma = float(data.draw(st.integers(0, 999))), data.draw(st.floats(0.5, 20))
     prediction = Prediction(Prediction.Config.parse(kind))
     x0, noise, numbers, (level,) = batch([t])

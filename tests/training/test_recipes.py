@@ -73,7 +73,7 @@ def test_mistakes_are_named(tmp_path: Path, line: str, message: str) -> None:
     ],
 )
 def test_data_mistakes(tmp_path: Path, values: str, message: str) -> None:
-    with pytest.raises(ConfigError, match="recipe.yaml") as error:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml") as error:
         load_recipe(AutoencoderRecipe, write(tmp_path, RECIPE.replace("{npz: x.npz, size: 16}", values)))
     assert message in str(error.value)
 
