@@ -145,6 +145,12 @@ class DiffusionStage(Stage):
                 progress=options.progress,
             )
 
+    def learning_rates(self, name: str) -> list[tuple[nn.Module, float]]:
+        """The conditioner may have a rate of its own."""
+        if self.recipe.conditioner_lr is None or self.conditioner is None:
+            return super().learning_rates(name)
+        return [(self.denoiser, 1.0), (self.conditioner, self.recipe.conditioner_lr / self.recipe.optimizer.lr)]
+
     def _check_conditions(self) -> None:
         preview = self.recipe.preview
         if self.conditioner is None:

@@ -119,7 +119,7 @@ class _Run:
             network.to(self.device)
             if recipe.channels_last:
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizers = {name: make_optimizer(o.parameters(), recipe.optimizer) for name, o in stage.objectives.items()}
+        self.optimizers = {name: make_optimizer(stage.learning_rates(name), recipe.optimizer) for name in stage.objectives}
         self.ema = EMA({name: stage.networks[name] for name in stage.averaged}, recipe.ema)
         self.meter = Meter()
         self.step = 0
@@ -168,7 +168,7 @@ class _Run:
             optimizer, wrapped = self.optimizers[name], self.wrapped_optimizers[name]
             rate = self._base_lr(name) * lr_factor(self.recipe.optimizer, step, self.recipe.steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_scale"]
             self.accelerator.backward(loss)
             values = {name: value.detach() for name, value in values.items()}
             if self.recipe.gradient_clip is not None:

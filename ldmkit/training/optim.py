@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,19 @@ from torch import Tensor, nn
 from ldmkit.training.recipes import EMAConfig, OptimizerConfig
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and convolutions only: not on biases, gains and other vectors."""
-    parameters = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+def make_optimizer(parts: Sequence[tuple[nn.Module, float]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and convolutions only: not on biases, gains and other vectors.
+
+    Args:
+        parts: modules, and the learning rate of each as a multiple of the recipe's; kept in the group as "lr_scale".
+    """
+    groups: list[dict[str, Any]] = []
+    for module, scale in parts:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        matrices, vectors = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay, "lr_scale": scale})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr_scale": scale})
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 

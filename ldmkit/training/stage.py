@@ -46,6 +46,10 @@ class Stage(ABC):
     averaged: tuple[str, ...]
     objectives: dict[str, nn.Module]
 
+    def learning_rates(self, name: str) -> list[tuple[nn.Module, float]]:
+        """The parts of an objective, and each one's learning rate after warm-up as a multiple of the recipe's."""
+        return [(self.objectives[name], 1.0)]
+
     @abstractmethod
     def batch(self, step: int, share: Share) -> Any:
         """This process's inputs of a step, on the CPU: a pure function of the recipe, the step and the share."""

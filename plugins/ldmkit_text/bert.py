@@ -38,6 +38,8 @@ class BertConditioner(Conditioner):
             lowercase: also strips accents, as uncased BERT does.
             padding: to `max_length` always (one shape for every batch), or to the longest prompt of the batch.
             attend_padding: the padding takes part, here and in cross-attention, as in the LDM paper; else it is masked.
+            pooled: also give the mean of the prompt's tokens as `vector_BC`, which a U-Net with a `vector_dim` adds to its time
+                embedding: the prompt then reaches every layer from the first step of training on.
         """
 
         vocab: AssetPath
@@ -55,6 +57,7 @@ class BertConditioner(Conditioner):
         lowercase: bool = True
         padding: Literal["max_length", "longest"] = "max_length"
         attend_padding: bool = False
+        pooled: bool = False
 
         @model_validator(mode="after")
         def _fits(self) -> Self:
@@ -79,7 +82,8 @@ class BertConditioner(Conditioner):
         vocab = read_vocab(config.vocab)
         if config.vocab_size is not None and config.vocab_size < len(vocab):
             raise ConfigError(f"vocab_size {config.vocab_size} is less than the {len(vocab)} pieces of {config.vocab}")
-        self.provides = frozenset({"tokens_BLC"} if config.attend_padding else {"tokens_BLC", "mask_BL"})
+        masked = set() if config.attend_padding else {"mask_BL"}
+        self.provides = frozenset({"tokens_BLC", *masked, *({"vector_BC"} if config.pooled else ())})
         self.tokenizer = BertWordPieceTokenizer(vocab, lowercase=config.lowercase)
         self.prompt_encoder = PromptEncoder(
             self.tokenizer,
@@ -98,7 +102,7 @@ class BertConditioner(Conditioner):
         check_prompts(inputs)
 
     def forward(self, inputs: Sequence[str]) -> Condition:
-        """Prompts => tokens (B, L, hidden_size) and, unless padding is attended to, their mask (B, L).
+        """Prompts => tokens (B, L, hidden_size), their mask (B, L) unless padding is attended to, their mean if `pooled`.
 
         Raises:
             InputTypeError, InputError: as `check`.
@@ -113,7 +117,12 @@ class BertConditioner(Conditioner):
         device = self.embeddings.word_embeddings.weight.device
         ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device)
         tokens_BLC = self._bert[0](input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        return Condition(tokens_BLC=tokens_BLC, mask_BL=None if self.config.attend_padding else mask_BL)
+        vector_BC = None
+        if self.config.pooled:
+            weights_BL1 = mask_BL[..., None].to(tokens_BLC.dtype)
+            vector_BC = (tokens_BLC * weights_BL1).sum(dim=1) / weights_BL1.sum(dim=1)
+        masked = None if self.config.attend_padding else mask_BL
+        return Condition(tokens_BLC=tokens_BLC, mask_BL=masked, vector_BC=vector_BC)
 
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that the vocabulary cannot spell, in order; the model sees [UNK] in their place."""

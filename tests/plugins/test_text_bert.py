@@ -181,6 +181,16 @@ def test_attended_padding_takes_part(bert: BertConditioner) -> None:
 # ------------------------------------------------------------------------------------------------------- what users are told
 
 
+def test_pooled_is_the_mean_of_the_prompts_own_tokens(bert: BertConditioner) -> None:
+    assert bert([""]).vector_BC is None
+    pooled = reconfigured(bert, pooled=True)
+    assert pooled.provides == {"tokens_BLC", "mask_BL", "vector_BC"}
+    made = pooled(["", "a red apple"])
+    assert made.tokens_BLC is not None and made.mask_BL is not None and made.vector_BC is not None  # noqa: PT018
+    for tokens_LC, mask_L, vector_C in zip(made.tokens_BLC, made.mask_BL, made.vector_BC, strict=True):
+        torch.testing.assert_close(vector_C, tokens_LC[mask_L].mean(dim=0))
+
+
 def test_a_cut_prompt_is_quoted(bert: BertConditioner) -> None:
     with pytest.warns(PromptTruncatedWarning, match=r"takes 12 tokens .*: 'blue cats'"):
         bert(["a red apple on the cat on the red face blue cats"])

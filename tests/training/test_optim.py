@@ -1,6 +1,7 @@
 """Learning rates, weight decay and moving averages against closed forms."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_decays_reach_their_final_value_at_the_last_step(final: float) -> None:
         assert found[-1] == pytest.approx(final, abs=1e-15)
         middle = found[1 + 9 // 2 : 1 + 9 // 2 + 2]  # halfway, both decays are halfway down
         assert sum(middle) / 2 == pytest.approx((1 + final) / 2)
-        assert all(a >= b for a, b in zip(found[1:], found[2:], strict=False))
+        assert all(a >= b for a, b in pairwise(found[1:]))
     assert factors(5, decay="cosine")[1] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
 
 
@@ -39,7 +40,7 @@ def test_beyond_the_last_step_nothing_rises_again() -> None:
 
 def test_only_matrices_decay() -> None:
     network = nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2), nn.Linear(2, 2))
-    optimizer = make_optimizer(network.parameters(), OptimizerConfig(weight_decay=0.5))
+    optimizer = make_optimizer([(network, 1.0)], OptimizerConfig(weight_decay=0.5))
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {name: decays[id(p)] for name, p in network.named_parameters()} == {
         "0.weight": 0.5, "0.bias": 0, "1.weight": 0, "1.bias": 0, "2.weight": 0.5, "2.bias": 0,
@@ -86,3 +87,11 @@ def test_swapping_twice_changes_nothing() -> None:
     ema.swap()
     assert torch.equal(layer.weight, weights)
     assert torch.equal(ema.averages["m.weight"], averages)
+
+
+def test_each_part_has_its_own_learning_rate() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = make_optimizer([(first, 1.0), (second, 0.2)], OptimizerConfig())
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert [scales[id(p)] for p in first.parameters()] == [1.0, 1.0]
+    assert [scales[id(p)] for p in second.parameters()] == [0.2, 0.2]

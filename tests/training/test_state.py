@@ -24,7 +24,7 @@ def live(seed: int = 0, width: int = 3) -> states.TrainingState:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = nn.Sequential(nn.Conv2d(2, width, 3), nn.BatchNorm2d(width)).to(memory_format=torch.channels_last)
-        optimizer = make_optimizer(network.parameters(), OptimizerConfig())
+        optimizer = make_optimizer([(network, 1.0)], OptimizerConfig())
         ema = EMA({"network": network}, EMAConfig())
         for n in range(2):
             network(torch.randn(2, 2, 5, 5)).square().mean().backward()
@@ -71,6 +71,14 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     other = live()
     with pytest.raises(ArchitectureMismatchError, match="judge, network"):
         states.read(folder, states.TrainingState({"judge": other.modules["network"]}, other.averages, other.optimizers))
+
+
+def test_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
+    folder = states.write(tmp_path, 1, live(), {}, {}, keep=1)
+    other = live()
+    other.optimizers["main"].param_groups.reverse()
+    with pytest.raises(ArchitectureMismatchError, match="groups parameters otherwise than the run did"):
+        states.read(folder, other)
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
