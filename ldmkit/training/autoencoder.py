@@ -157,7 +157,8 @@ class AutoencoderStage(Stage):
                 noise_BCHW = torch.from_numpy(normal(self.recipe.seed, Draw.SCALE, i + 1, shape)[: len(x_BCHW)]).to(device)
                 yield whole.encode(x_BCHW).sample(noise_BCHW)
 
-        rescale(whole, *latent_moments(latents(), per_channel=config.per_channel, shift=config.shift))
+        std, mean = latent_moments(latents(), per_channel=config.per_channel)
+        rescale(whole, std, mean if config.shift else torch.zeros_like(mean))
         return save_part(whole, folder / "autoencoder")
 
 

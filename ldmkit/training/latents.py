@@ -22,13 +22,12 @@ from ldmkit.training.stage import to_pixels
 
 
 @torch.no_grad()
-def latent_moments(batches: Iterable[Tensor], *, per_channel: bool, shift: bool) -> tuple[Tensor, Tensor]:
-    """Standard deviation and mean of latents over all components (Rombach et al. 2022, app. G), in float64.
+def latent_moments(batches: Iterable[Tensor], *, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """Standard deviation about the mean, and mean, of latents over all components (Rombach et al. 2022, app. G), in float64.
 
     Args:
         batches: latents (B, C, H, W).
         per_channel: one value per channel (C,), else one for all (1,).
-        shift: take the deviation about the mean, and return the mean; else both are about 0, and the mean is 0.
 
     Raises:
         NumericalError: where the deviation is 0 or not finite.
@@ -39,15 +38,14 @@ def latent_moments(batches: Iterable[Tensor], *, per_channel: bool, shift: bool)
         z = z_BCHW.double().cpu().transpose(0, 1)
         z = z.reshape(len(z), -1) if per_channel else z.reshape(1, -1)
         if offset is None:  # sums are taken about the first batch's mean, so that nothing cancels
-            offset = z.mean(dim=1) if shift else torch.zeros(len(z), dtype=torch.float64)
+            offset = z.mean(dim=1)
         z = z - offset[:, None]
         count, total, squares = count + z.shape[1], total + z.sum(dim=1), squares + z.square().sum(dim=1)
     assert offset is not None, "no latents to measure"
-    mean = total / count if shift else torch.zeros_like(offset)
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    std = (squares / count - (total / count).square()).clamp(min=0).sqrt()
     if not bool((torch.isfinite(std) & (std > 0)).all()):
         raise NumericalError(f"the latents' standard deviation is {std.tolist()}: the autoencoder encodes nothing")
-    return std, (mean + offset if shift else mean)
+    return std, total / count + offset
 
 
 @dataclasses.dataclass(frozen=True)
