@@ -79,7 +79,7 @@ def extension(kind: str) -> dict[str, Any]:
             "ldmkit._C",
             [*sources, "csrc/geglu.cu"],
             depends=depends,
-            define_macros=[("LDMKIT_CUDA", None)],
+            define_macros=[("WITH_CUDA", None)],
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},
             extra_link_args=link,
         )

@@ -4,7 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
-#ifdef LDMKIT_CUDA
+#ifdef WITH_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -49,7 +49,7 @@ void for_each_tile(int64_t rows, int64_t n, const Work& work) {
   });
 }
 
-#ifdef LDMKIT_CUDA
+#ifdef WITH_CUDA
 void check_cuda(int code) { C10_CUDA_CHECK(static_cast<cudaError_t>(code)); }
 #endif
 
@@ -63,7 +63,7 @@ at::Tensor geglu_forward(const at::Tensor& x) {
   const at::Tensor x_RN = as_rows(x);
   const int64_t rows = x_RN.size(0), x_stride = x_RN.stride(0);
   const Dtype dtype = dtype_of(x);
-#ifdef LDMKIT_CUDA
+#ifdef WITH_CUDA
   if (x.is_cuda()) {
     const c10::cuda::CUDAGuard guard(x.device());
     check_cuda(geglu_forward_cuda(dtype, x_RN.const_data_ptr(), x_stride, y.data_ptr(), rows, n,
@@ -88,7 +88,7 @@ at::Tensor geglu_backward(const at::Tensor& grad, const at::Tensor& x) {
   const at::Tensor x_RN = as_rows(x), grad_RN = as_rows(grad);
   const int64_t rows = x_RN.size(0), x_stride = x_RN.stride(0), grad_stride = grad_RN.stride(0);
   const Dtype dtype = dtype_of(x);
-#ifdef LDMKIT_CUDA
+#ifdef WITH_CUDA
   if (x.is_cuda()) {
     const c10::cuda::CUDAGuard guard(x.device());
     check_cuda(geglu_backward_cuda(dtype, grad_RN.const_data_ptr(), grad_stride, x_RN.const_data_ptr(), x_stride,
@@ -110,7 +110,7 @@ pybind11::dict build_info() {
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
   info["cpu"] = cpu_capability();
-#ifdef LDMKIT_CUDA
+#ifdef WITH_CUDA
   info["cuda"] = true;
 #else
   info["cuda"] = false;
