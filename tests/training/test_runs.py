@@ -193,7 +193,7 @@ def test_a_failure_between_checkpoints_resumes_to_the_same_bits(
 
 def test_sigkill_at_random_moments(data: Path, tmp_path: Path) -> None:
     """The real thing: the command line, killed twice in the midst of writing checkpoints, then left to finish."""
-    values = autoencoder_values(data, steps=60, checkpoint_every=1, sample_every=10, loss=ADVERSARIAL)
+    values = autoencoder_values(data, steps=40, checkpoint_every=1, sample_every=20, loss=ADVERSARIAL)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "ldmkit.cli", "train", "autoencoder", "recipe.yaml", "--device", "cpu", "--out", "killed"]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -204,7 +204,7 @@ def test_sigkill_at_random_moments(data: Path, tmp_path: Path) -> None:
             process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | threads, stdout=output, stderr=output)
         while states.find(tmp_path / "killed/checkpoints")[-1:] == before and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.15))
+        time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, (tmp_path / "output").read_text()
     recipe = load_recipe(AutoencoderRecipe, tmp_path / "recipe.yaml")
