@@ -75,7 +75,7 @@ class Spread:
     @classmethod
     def of(cls, samples: Sequence[float]) -> Spread:
         """Quartiles are interpolated between samples; one sample is its own quartiles."""
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [*samples] * 3
         return cls(median, low, high, len(samples))
 
     def text(self, digits: int = 2, factor: float = 1.0) -> str:
