@@ -6,6 +6,7 @@ A name may say whose part is meant, as "distribution:name" or "entry-point:name"
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -100,7 +101,7 @@ class Registry:
         """
         for plugin in self._plugins:
             for component in plugin.components:
-                if component.target == f"{part.__module__}:{part.__qualname__}":
+                if component.target == f"{part.__module__}:{part.__qualname__}" or _is_target(part, component.target):
                     return component, plugin.distribution
         raise PluginError(
             f"{part.__module__}.{part.__qualname__} is not registered, so a saved copy could not be found again: list it in a "
@@ -167,6 +168,15 @@ def _clash(kind: str, name: str, offers: list[tuple[Plugin, Component]]) -> str:
         f"the {kind} {name!r} is offered by {' and by '.join(str(plugin) for plugin, _ in offers)}; "
         f"pick one by writing {picks}, or block one with {DISABLE}={_qualifier(offers[-1][0], offers)}"
     )
+
+
+def _is_target(part: type, target: str) -> bool:
+    """Whether a target names a class by another module than the one that defines it, such as its package."""
+    module, _, attribute = target.partition(":")
+    value: Any = sys.modules.get(module)
+    for word in attribute.split("."):
+        value = getattr(value, word, None)
+    return value is part
 
 
 def _import_target(plugin: Plugin, component: Component) -> Any:

@@ -232,3 +232,13 @@ def test_the_line_that_registers_a_class_is_found_again(part):
     assert registry.component_of(slow) == (registry.find("sampler", "slow"), "mine")
     with pytest.raises(PluginError, match=r"fake_target\.Halfway is not registered"):
         registry.component_of(sys.modules["fake_target"].Halfway)
+
+
+def test_a_class_is_found_by_the_package_that_offers_it(site, offering):
+    (site.folder / "fake_inner.py").write_text(GOOD)
+    (site.folder / "fake_outer.py").write_text("from fake_inner import Slow")
+    site.install("mine", offering("slow", "fake_outer:Slow"))
+    registry = site.registry()
+    slow = registry.load("sampler", "slow")
+    assert slow.__module__ == "fake_inner"
+    assert registry.component_of(slow) == (registry.find("sampler", "slow"), "mine")
