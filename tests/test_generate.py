@@ -114,14 +114,15 @@ def test_a_sheet_of_all(model: Path) -> None:
         (["a", "--image", "nothing.png"], "--image nothing.png: cannot be read"),
         (["a", "--sampler", "eular"], "did you mean 'euler'"),
         (["a", "--model", "no-such"], "'no-such' is not a folder"),
-        (["a", "--device", "cuda"], "--device cuda: this torch"),
+        (["a", "--device", "cuda:99"], "--device cuda:99: this torch"),
+        (["a", "--device", "gpu"], "--device gpu: torch knows no such device"),
+        (["a", "--grid", "x.jpg"], "--grid x.jpg: pictures are written as PNG"),
+        (["a", "--grid", "file/below/x.png"], "cannot write"),
         (["--like", "nothing.png"], "--like nothing.png: cannot be read"),
         (["a", "-o", "file/below"], "cannot write"),
     ],
 )
-def test_bad_options_are_one_line(
-    model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_options_are_one_line(model: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").write_text("in the way")
     model_given = [] if "--model" in arguments or "--like" in arguments else ["--model", model]
     assert generate(*arguments, *model_given) == 2
@@ -129,6 +130,20 @@ def test_bad_options_are_one_line(
     assert message in error
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+def test_names_are_short_enough_in_any_script_and_folders_may_have_dots(model: Path) -> None:
+    Path("v1.5").mkdir()
+    assert generate("\U00010400" * 100, "--model", model, "-o", "v1.5") == 0
+    (path,) = Path("v1.5").iterdir()
+    assert path.suffix == ".png"
+
+
+def test_like_finds_a_model_from_another_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    assert generate("a pear", "--model", model.name, "-o", tmp_path / "pear.png") == 0
+    monkeypatch.chdir(tmp_path)
+    assert generate("--like", "pear.png", "-o", "again.png") == 0
 
 
 def test_a_strangers_picture_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

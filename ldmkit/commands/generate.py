@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{name} = {value}: must be at least 1")
     prompts = [prompt for prompt in prompts for _ in range(args.n)]
     targets = _targets(Path(args.output), prompts)
+    if args.grid is not None:
+        _check_png(Path(args.grid), "--grid")
 
     pipe = _pipeline(settings, args.device)
     if seed is None:
@@ -114,8 +116,13 @@ def _pipeline(settings: dict[str, Any], device: str) -> Pipeline:
 
     from ldmkit.pipeline import Pipeline
 
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; use --device cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: torch knows no such device; use cpu or cuda") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count() or "no"
+        raise InputError(f"--device {device}: this torch ({torch.__version__}) sees {count} CUDA device; use --device cpu")
     parts = {} if settings["sampler"] is None else {"sampler": settings["sampler"]}
     dtype = getattr(torch, settings["dtype"] or "float32")
     return Pipeline.from_pretrained(settings["model"] or "emoji", dtype=dtype, device=device, **parts)
@@ -148,30 +155,42 @@ def _targets(output: Path, prompts: list[str]) -> list[Path]:
     """Where each picture goes; checked to be writable before anything is drawn."""
     from ldmkit.checkpoints.files import check_writable
 
-    single = output.suffix.lower() == ".png"
-    if output.suffix and not single:
-        raise InputError(f"-o {output}: pictures are written as PNG; name a folder or a file that ends in .png")
-    if single and len(prompts) > 1:
-        raise InputError(
-            f"-o {output}: one file for {len(prompts)} pictures; name a folder, or use --grid {output} for one sheet"
-        )
-    check_writable(output.parent if single else output)
-    if single:
+    if output.suffix and not output.is_dir():
+        if output.suffix.lower() == ".png" and len(prompts) > 1:
+            raise InputError(
+                f"-o {output}: one file for {len(prompts)} pictures; name a folder, or use --grid {output} for one sheet"
+            )
+        _check_png(output, "-o")
         return [output]
+    check_writable(output)
     taken = {path.name for path in output.glob("*.png")}
     targets = []
     for prompt in prompts:
-        stem = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:60] or "picture"
+        stem = "-".join("".join(c if c.isalnum() else " " for c in prompt.lower()).split())[:60]
+        stem = stem.encode()[:200].decode(errors="ignore") or "picture"  # most file systems take 255 bytes, not characters
         name = next(n for k in range(1, 10**6) if (n := f"{stem}-{k}.png") not in taken)
         taken.add(name)
         targets.append(output / name)
     return targets
 
 
+def _check_png(path: Path, option: str) -> None:
+    """Raise where a file is not called .png, or cannot be written."""
+    from ldmkit.checkpoints.files import check_writable
+
+    if path.suffix.lower() != ".png":
+        folder = " a folder or" if option == "-o" else ""
+        raise InputError(f"{option} {path}: pictures are written as PNG; name{folder} a file that ends in .png")
+    if path.is_dir():
+        raise OutputError(f"{option} {path} is a folder; name a file in it")
+    check_writable(path.parent)
+
+
 def _metadata(settings: dict[str, Any], prompt: str, seed: int, number: int, pipe: Pipeline) -> dict[str, Any]:
     import torch
 
     from ldmkit import __version__
+    from ldmkit.checkpoints.pipelines import INDEX
 
     used = {name: value for name, value in settings.items() if value is not None}
     for name in ("image", "mask"):
@@ -179,6 +198,8 @@ def _metadata(settings: dict[str, Any], prompt: str, seed: int, number: int, pip
             used[name] = str(Path(used[name]).resolve())
             used[f"{name}_sha256"] = _sha256(Path(used[name]))
     used.setdefault("model", "emoji")
+    if (Path(used["model"]) / INDEX).is_file():
+        used["model"] = str(Path(used["model"]).resolve())
     used.setdefault("steps", pipe.defaults.num_inference_steps)
     used.setdefault("guidance", pipe.defaults.guidance_scale)
     versions = {"ldmkit": __version__, "torch": torch.__version__}
@@ -220,8 +241,4 @@ def _save(picture: Image.Image, target: Path, chunks: dict[str, str]) -> None:
         info.add_itxt(key, value)
     buffer = BytesIO()
     picture.save(buffer, format="PNG", pnginfo=info)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror}") from None
     write_bytes(target, buffer.getvalue())
