@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +63,7 @@ def asked(conditioner: Conditioner | None, prompt: Any, labels: Any, embeds: Any
     if prompt is not None:
         inputs = _texts("prompt", prompt)
     else:
+        labels = plain(labels)
         inputs = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
     if not inputs:
         raise InputError(f"{given[0]} is an empty list")
@@ -119,6 +121,7 @@ def _check_embeds(name: str, value: Any) -> None:
 
 def conditioner_options(conditioner: Conditioner | None, clip_skip: int | None) -> dict[str, Any]:
     """Keyword arguments for the conditioner. Raises: InputError where it does not take them."""
+    clip_skip = plain(clip_skip)
     if clip_skip is None:
         return {}
     if conditioner is None or "clip_skip" not in signature(conditioner.forward).parameters:
@@ -150,10 +153,17 @@ def levels(
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were given; they exclude one another")
     if timesteps is not None:
-        return sampler.levels_from_timesteps(schedule, list(timesteps))
+        return sampler.levels_from_timesteps(schedule, _numbers("timesteps", timesteps))
     if sigmas is not None:
-        return sampler.levels_from_sigmas(schedule, list(sigmas))
-    return sampler.levels(schedule, default if steps is None else steps)
+        return sampler.levels_from_sigmas(schedule, _numbers("sigmas", sigmas))
+    return sampler.levels(schedule, default if steps is None else plain(steps))
+
+
+def _numbers(name: str, values: Any) -> list[Any]:
+    values = plain(values)
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise InputTypeError(f"{name} must be a list of numbers, got {values!r}")
+    return list(values)
 
 
 def noise_source(
@@ -173,6 +183,7 @@ def noise_source(
         if isinstance(source.generator, list) and len(source.generator) != count:
             raise InputError(f"{len(source.generator)} generators for a batch of {count}; give one, or one per image")
         return source, None
+    seed = plain(seed)
     if isinstance(seed, Sequence):
         return KeyedNoise(list(seed), [first_image] * count, device=device), list(seed)
     used = secrets.randbits(32) if seed is None else seed
@@ -181,6 +192,7 @@ def noise_source(
 
 def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """A number in [low, high]. Raises: InputError."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         allowed = f"a number of at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
         raise InputError(f"{name} = {value!r}: must be {allowed}")
@@ -189,6 +201,13 @@ def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
 
 def count(name: str, value: Any) -> int:
     """A whole number of at least 1. Raises: InputError."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} = {value!r}: must be a whole number of at least 1")
-    return value
+    whole: int = value
+    return whole
+
+
+def plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's own; anything else as it is."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | Tensor) else value

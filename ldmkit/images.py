@@ -73,10 +73,14 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
     return x
 
 
-def to_mask(mask: Any, *, size: tuple[int, int]) -> Tensor:
+def to_mask(mask: Any, *, size: tuple[int, int], resize: bool = False) -> Tensor:
     """A mask image => float32 (B, 1, H, W) of 0 (keep) and 1 (repaint); white, above one half, is repainted.
 
     Takes what `to_pixels` takes, and arrays (H, W) or tensors (H, W), (1, H, W) with values in [0, 1].
+
+    Args:
+        size: (height, width) it must have.
+        resize: bring PIL masks to that size, as `to_pixels` does with images.
 
     Raises:
         InputError: when its size differs from the image's, with both.
@@ -85,7 +89,10 @@ def to_mask(mask: Any, *, size: tuple[int, int]) -> Tensor:
     planes = []
     for entry in entries:
         if isinstance(entry, Image.Image):
-            entry = np.array(entry.convert("L"))
+            entry = entry.convert("L")
+            if resize and entry.size != size[::-1]:
+                entry = entry.resize(size[::-1], Image.Resampling.NEAREST)
+            entry = np.array(entry)
         if isinstance(entry, np.ndarray):
             scale = 255 if entry.dtype == np.uint8 else 1
             entry = torch.from_numpy(np.ascontiguousarray(entry)).float() / scale

@@ -167,7 +167,7 @@ class Condition:
         """Join along the batch, in order. Tokens of different length are padded with zeros, and masked.
 
         Raises:
-            InputError: when the conditions do not set the same fields.
+            InputError: when the conditions do not set the same fields, or differ in their channels or sizes.
         """
         given = conditions[0].given() - {"mask_BL"}
         for other in conditions[1:]:
@@ -178,6 +178,12 @@ class Condition:
                 )
         if "tokens_BLC" in given:
             conditions = _pad_tokens(conditions)
+        for name in given:
+            shapes = [tuple(getattr(c, name).shape) for c in conditions]
+            if len({shape[1:] for shape in shapes}) > 1:
+                raise InputError(
+                    f"conditions of one batch must fit, but their {name} have shapes {' and '.join(map(str, shapes))}"
+                )
         fields = {
             name: torch.cat([getattr(c, name) for c in conditions])
             for name in Condition.FIELDS

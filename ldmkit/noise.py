@@ -91,11 +91,14 @@ class GeneratorNoise:
         device: torch.device | str = "cpu",
         draw_dtype: torch.dtype,
     ) -> None:
+        given = [generator] if isinstance(generator, torch.Generator) else generator
+        if not isinstance(given, Sequence) or not all(isinstance(g, torch.Generator) for g in given):
+            raise InputTypeError(
+                f"generator must be a torch.Generator or a list of them, got {generator!r}; a number is given as seed="
+            )
         self.generator = generator if isinstance(generator, torch.Generator) else list(generator)
         self.device = device
         self.draw_dtype = draw_dtype
-        if isinstance(self.generator, list) and not all(isinstance(g, torch.Generator) for g in self.generator):
-            raise InputTypeError(f"generator must be a torch.Generator or a list of them, got {generator!r}")
 
     def __call__(self, shape_BCHW: Sequence[int], *, step: int, draw: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, C, H, W), drawn in `draw_dtype` on the generator's own device."""

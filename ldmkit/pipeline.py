@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast, get_args
 
@@ -24,7 +26,7 @@ from ldmkit.noise import NoiseSource
 from ldmkit.plugin.registry import build
 from ldmkit.prediction import Model, Prediction
 from ldmkit.schedule import NoiseSchedule
-from ldmkit.tasks import Run, Task, prepare_task
+from ldmkit.tasks import Run, Task, like_weights, prepare_task
 
 C = TypeVar("C", bound=Config)
 
@@ -186,7 +188,14 @@ class Pipeline:
         Raises:
             CheckpointError, ArchitectureMismatchError: for files that are missing, damaged or do not fit.
             UnknownPartError: when it is neither a folder nor a registered name.
+            InputTypeError: for an argument that there is not, or a dtype that is none.
         """
+        known = [name for name in signature(cls.__init__).parameters if name != "self"]
+        for name in parts:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+                raise InputTypeError(f"from_pretrained has no argument {name!r}; {hint}")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise InputError(f"dtype = {dtype} and torch_dtype = {torch_dtype} differ; give one of them")
         wanted = dtype or torch_dtype or torch.float32
@@ -231,7 +240,7 @@ class Pipeline:
             class_labels: instead of a prompt, for class-conditional models.
             image: start from this picture (image-to-image), or, with `mask_image`, repaint it where the mask is white.
             strength: how much of the noise schedule an image goes through, in [0, 1]; 0.8 if not given, 1.0 with a mask.
-            height, width: in pixels; the pipeline's defaults, or the image's size.
+            height, width: in pixels; the pipeline's defaults, or the image's size. PIL images and masks are resized to them.
             timesteps, sigmas: visit these instead of the sampler's own; falling. sigmas are sigma / alpha, the last included.
             guidance_scale: classifier-free guidance; up to 1 it is off, as in diffusers.
             guidance_rescale: Lin et al. 2024, eq. 15-16; in [0, 1].
@@ -274,8 +283,8 @@ class Pipeline:
             run,
             image=image,
             mask_image=mask_image,
-            strength=strength,
-            size=(height, width),
+            strength=arguments.plain(strength),
+            size=(arguments.plain(height), arguments.plain(width)),
             default_size=(given.height, given.width),
             latents=latents,
         )
@@ -296,7 +305,7 @@ class Pipeline:
         state = self._run(sampler, denoise, state, task, noise, callback_on_step_end, progress)
         if output_type == "latent":
             return PipelineOutput(images=state.x, seed=used_seed)
-        pixels = self.autoencoder.decode(state.x.to(_dtype_of(self.autoencoder)))
+        pixels = self.autoencoder.decode(like_weights(state.x, self.autoencoder))
         _finite(pixels, "the autoencoder", "decoding")
         return PipelineOutput(images=from_pixels(pixels, output_type), seed=used_seed)
 
@@ -330,8 +339,7 @@ class Pipeline:
                     _check_steps(healthy, self.denoiser, state.levels.num_steps)
                 if callback is not None:
                     tensors = {"latents": state.x, "denoised": cast(Tensor, state.denoised)}
-                    changed = callback(self, step, level.t, tensors) or {}
-                    state = dataclasses.replace(state, x=changed.get("latents", state.x))
+                    state = dataclasses.replace(state, x=_changed_latents(callback(self, step, level.t, tensors), tensors))
                 bar.update()
         return state
 
@@ -353,8 +361,20 @@ def _part(kind: str, value: PartLike, base: type) -> Any:
     return value
 
 
-def _dtype_of(module: torch.nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+def _changed_latents(answer: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The latents to go on with, from what a callback answers. Raises: InputTypeError, InputError for what it must not."""
+    if answer is None:
+        return tensors["latents"]
+    if not isinstance(answer, Mapping):
+        raise InputTypeError(f"callback_on_step_end must return None or a mapping like {{'latents': ...}}, got {answer!r}")
+    if unknown := sorted(set(answer) - set(tensors)):
+        raise InputError(f"callback_on_step_end returned {', '.join(map(repr, unknown))}; only 'latents' can be changed")
+    latents: Tensor = answer.get("latents", tensors["latents"])
+    if latents.shape != tensors["latents"].shape:
+        raise InputError(
+            f"callback_on_step_end returned latents of shape {tuple(latents.shape)}; they were {tuple(tensors['latents'].shape)}"
+        )
+    return latents
 
 
 def _check_steps(healthy: list[Tensor], denoiser: Denoiser, steps: int) -> None:

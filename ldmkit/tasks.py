@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalError
 from ldmkit.images import to_mask, to_pixels
@@ -112,14 +112,16 @@ class Run:
 
         Keyed noise gives every picture its own draw. A generator is asked for one draw per given image, as diffusers asks it.
         """
-        weights = next((p for p in self.autoencoder.parameters()), pixels)
-        posterior = self.autoencoder.encode(pixels.to(device=weights.device, dtype=weights.dtype))
+        posterior = self.autoencoder.encode(like_weights(pixels.to(self.device), self.autoencoder))
         mode = posterior.mode()
         if not bool(torch.isfinite(mode).all()):
             raise NumericalError("the autoencoder produced NaN or infinite values at encoding the image (before step 1)")
         one = isinstance(self.noise, GeneratorNoise) and isinstance(self.noise.generator, torch.Generator)
         shape = (len(mode) if one else self.count, *mode.shape[1:])
-        return self.per_picture(posterior.sample(self.noise(shape, step=-1, draw=draw, dtype=mode.dtype))).to(self.dtype)
+        noise = self.noise(shape, step=-1, draw=draw, dtype=mode.dtype).to(mode.device)
+        copies = len(noise) // len(mode)
+        samples = torch.stack([posterior.sample(noise[k::copies]) for k in range(copies)], dim=1).flatten(0, 1)
+        return self.per_picture(samples).to(device=self.device, dtype=self.dtype)
 
     def per_picture(self, x: Tensor) -> Tensor:
         """Rows repeated (a, a, b, b) up to the number of pictures."""
@@ -134,6 +136,12 @@ class Run:
                 f"strength = {strength:g} of {total} steps leaves none to take; raise strength or num_inference_steps"
             )
         return self.levels[total - steps :]
+
+
+def like_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """x on the device and in the dtype of a module's weights; as it is where there are none."""
+    weights = next((p for p in module.parameters() if p.is_floating_point()), x)
+    return x.to(device=weights.device, dtype=weights.dtype)
 
 
 def prepare_task(
@@ -168,7 +176,7 @@ def prepare_task(
         raise InputError(f"strength = {strength!r}: must be a number from 0 to 1")
     pixels = _pixels(run, image, size)
     if mask_image is not None:
-        return _inpainting(run, pixels, mask_image, strength, latents)
+        return _inpainting(run, pixels, mask_image, strength, latents, resize=size != (None, None))
     if latents is not None:
         raise InputError("latents and image were both given: image-to-image makes its own start from the image")
     rest = run.last_part(strength)
@@ -190,7 +198,7 @@ def _pixels(run: Run, image: Any, size: tuple[int | None, int | None]) -> Tensor
     return pixels
 
 
-def _inpainting(run: Run, pixels: Tensor, mask_image: Any, strength: float, latents: Any) -> Task:
+def _inpainting(run: Run, pixels: Tensor, mask_image: Any, strength: float, latents: Any, *, resize: bool) -> Task:
     """Blending with a plain denoiser; mask and masked picture told to one that takes them.
 
     Encodes and draws in the order diffusers does, so that a generator gives the same numbers.
@@ -200,9 +208,9 @@ def _inpainting(run: Run, pixels: Tensor, mask_image: Any, strength: float, late
             f"inpainting needs a denoiser with {run.channels} input channels (blending) or {2 * run.channels + 1} (latents, "
             f"mask, masked image); this one has {run.denoiser.in_channels}"
         )
-    mask = to_mask(mask_image, size=(pixels.shape[2], pixels.shape[3]))
-    if run.count % len(mask):
-        raise InputError(f"{len(mask)} masks for {run.count} pictures; give one, or one per prompt")
+    mask = to_mask(mask_image, size=(pixels.shape[2], pixels.shape[3]), resize=resize)
+    if run.count % len(mask) or (len(pixels) > 1 and len(mask) not in (1, len(pixels))):
+        raise InputError(f"{len(mask)} masks for {len(pixels)} images and {run.count} pictures; give one, or one per image")
     rest, size = run.last_part(strength), run.latent_size(*pixels.shape[2:])
     mask = mask.to(device=run.device, dtype=run.dtype)
     latent_mask = run.per_picture(torch.nn.functional.interpolate(mask, size=size))

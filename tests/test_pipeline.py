@@ -174,6 +174,58 @@ def test_nine_channel_inpainting_is_told_mask_and_masked_image(tmp_path: Path) -
         latents_of(pipe, "a pear")
 
 
+def test_images_masks_and_copies_pair_up(pipe: Pipeline) -> None:
+    """Image k's copies have the same start and their own noise, however the noise is made."""
+    images, whole = [picture(), picture().rotate(90)], np.ones((32, 32))
+    for noise in ({}, {"seed": None, "generator": [torch.Generator().manual_seed(k) for k in range(4)]}):
+        drawn = latents_of(pipe, ["a pear", "a red apple"], image=images, num_images_per_prompt=2, **noise)
+        assert drawn.shape[0] == 4
+        assert not torch.equal(drawn[0], drawn[1])
+    alone = latents_of(pipe, "a red apple", image=images[1], first_image=3)
+    paired = latents_of(pipe, ["a pear", "a red apple"], image=images, num_images_per_prompt=2)
+    assert (paired[3] - alone[0]).abs().max() < 1e-4 * paired.std()
+    assert latents_of(pipe, ["a pear"] * 4, image=picture(), mask_image=[whole] * 2).shape[0] == 4
+    with pytest.raises(InputError, match="4 masks for 2 images and 4 pictures"):
+        latents_of(pipe, ["a pear"] * 4, image=images, mask_image=[whole] * 4)
+
+
+def test_an_explicit_size_resizes_image_and_mask(pipe: Pipeline) -> None:
+    mask = Image.fromarray(np.tile(np.repeat(np.uint8([0, 255]), 50), (100, 1)))
+    large = picture().resize((100, 100))
+    drawn = latents_of(pipe, "a pear", image=large, mask_image=mask, height=32, width=32)
+    small = picture().resize((100, 100)).resize((32, 32), Image.Resampling.LANCZOS)
+    half = Image.fromarray(np.tile(np.repeat(np.uint8([0, 255]), 16), (32, 1)))
+    assert torch.equal(drawn, latents_of(pipe, "a pear", image=small, mask_image=half))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
+    plain = latents_of(pipe, "a pear", guidance_scale=2.5, num_images_per_prompt=2, num_inference_steps=3)
+    theirs = latents_of(
+        pipe, "a pear", guidance_scale=np.float32(2.5), num_images_per_prompt=np.int64(2), num_inference_steps=np.int32(3),
+        height=np.int64(32), width=torch.tensor(32), seed=np.uint8(5),
+    )  # fmt: skip
+    assert torch.equal(plain, theirs)
+    output = pipe(["a", "b"], seed=np.array([1, 2]), output_type="latent")
+    assert output.seed == [1, 2]
+    assert torch.equal(output.images, pipe(["a", "b"], seed=[1, 2], output_type="latent").images)
+    times = [751, 501, 251, 1]
+    for given in (np.array(times), torch.tensor(times)):
+        assert torch.equal(latents_of(pipe, "a pear", timesteps=times), latents_of(pipe, "a pear", timesteps=given))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (True, InputTypeError, "None or a mapping"),
+        ({"latent": 1}, InputError, "'latent'; only 'latents'"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, InputError, r"shape \(1, 4, 8, 8\); they were \(1, 4, 16, 16\)"),
+    ],
+)
+def test_a_callback_s_wrong_answer_is_named(pipe: Pipeline, answer: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pipe("a pear", callback_on_step_end=lambda *_: answer)
+
+
 def test_eight_threads_draw_what_one_draws(pipe: Pipeline) -> None:
     pipe.sampler = "euler-ancestral"
     wanted = [latents_of(pipe, "a pear", seed=k) for k in range(8)]
@@ -229,6 +281,45 @@ def test_saving_again_over_a_saved_pipeline(pipe: Pipeline, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
+def test_saving_fewer_shards_over_more_leaves_none_of_the_old(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    folder = tmp_path / "p"
+    for shard in (20_000, None, 40_000):
+        with torch.no_grad():
+            for parameter in pipe.denoiser.parameters():
+                parameter.add_(1)
+        pipe.save_pretrained(folder, max_shard_size=shard)
+        loaded = Pipeline.from_pretrained(folder).denoiser.state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in pipe.denoiser.state_dict().items())
+    pipe = Pipeline.from_pretrained(folder)  # its vocabulary is the folder's own
+    pipe.save_pretrained(folder)
+    assert sorted(path.name for path in (folder / "conditioner").iterdir()) == ["model.safetensors", "part.json", "vocab.txt"]
+
+
+def test_a_folder_without_a_pipeline_hides_no_registered_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldmkit.checkpoints import pipelines
+
+    class Fake:
+        def load(self, kind: str, name: str) -> Any:
+            return lambda: tmp_path / "weights"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipelines, "registry", Fake)
+    (tmp_path / "emoji").mkdir()
+    assert pipelines.resolve("emoji") == tmp_path / "weights"
+    (tmp_path / "emoji" / "pipeline.json").touch()
+    assert pipelines.resolve("emoji") == Path("emoji")
+
+
+def test_wrong_arguments_of_loading_are_named_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputTypeError, match="no argument 'samplr'; did you mean 'sampler'"):
+        Pipeline.from_pretrained(tmp_path, samplr="euler")
+    folder = tiny_pipeline(tmp_path).save_pretrained(tmp_path / "p")
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(InputTypeError, match="must be a floating-point torch.dtype"):
+            Pipeline.from_pretrained(folder, dtype=dtype)  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -269,6 +360,13 @@ def test_saving_again_over_a_saved_pipeline(pipe: Pipeline, tmp_path: Path) -> N
         ({"seed": -1}, InputError, "seed = -1"),
         ({"seed": [1, 2]}, InputError, "2 seeds for 1 images"),
         ({"seed": 1, "generator": torch.Generator()}, InputError, "seed and generator"),
+        ({"generator": 42}, InputTypeError, "a number is given as seed="),
+        ({"timesteps": 751}, InputTypeError, "timesteps must be a list of numbers, got 751"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(1, 5, 3)},
+            InputError,
+            r"tokens_BLC have shapes \(1, 12, 32\) and \(1, 12, 3\)",
+        ),
         ({"generator": [torch.Generator(), torch.Generator()]}, InputError, "2 generators for a batch of 1"),
         (
             {"latents": torch.zeros(1, 4, 8, 8)},

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,14 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` to write into; on success it becomes `target`, on failure it is removed.
 
-    Where `target` exists already, its files are replaced one by one, JSON (which is read first) last; others are left alone.
+    Where `target` exists already, its files are replaced one by one, JSON (which is read first) last; others are left alone,
+    except those that would be taken for part of what is new.
+
+    Args:
+        stale: patterns of names that are deleted from every folder that is written into, if not written anew.
 
     Raises:
         OutputError: when the disk is full or the place cannot be written.
@@ -74,6 +78,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             temporary.rename(target)
         else:
             files = [path for path in temporary.rglob("*") if path.is_file()]
+            _delete_stale(target, {path.relative_to(temporary) for path in files}, stale)
             for path in sorted(files, key=lambda p: (p.suffix == ".json", p.parent == temporary, p.name)):
                 destination = target / path.relative_to(temporary)
                 destination.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +90,13 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {target}: {error.strerror or error}; what was there before is untouched") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _delete_stale(target: Path, new: set[Path], patterns: Sequence[str]) -> None:
+    for folder in {path.parent for path in new}:
+        for old in (path for pattern in patterns for path in sorted((target / folder).glob(pattern))):
+            if old.relative_to(target) not in new:
+                old.unlink()
 
 
 def _sync(folder: Path) -> None:

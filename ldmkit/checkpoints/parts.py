@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
-from ldmkit.checkpoints.weights import load_weights, read_weights, write_weights
-from ldmkit.errors import CheckpointError, ConfigError, InputError, OutputError
+from ldmkit.checkpoints.weights import WEIGHT_FILES, load_weights, read_weights, write_weights
+from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError, OutputError
 from ldmkit.interfaces import Part
 from ldmkit.plugin.registry import registry
 
@@ -37,7 +37,7 @@ def save_part(part: Part, folder: str | Path, *, max_shard_size: int | None = No
         OutputError: when the folder cannot be written, or a file the config names cannot be read.
     """
     folder = Path(folder)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, stale=WEIGHT_FILES) as temporary:
         write_part(part, temporary, max_shard_size=max_shard_size)
     return folder
 
@@ -72,6 +72,8 @@ def load_part(
         CheckpointError: for a missing or damaged file. ArchitectureMismatchError: for weights that do not fit the config.
         ConfigError, UnknownPartError: for a config or a part that the installed plugins do not know.
     """
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputTypeError(f"dtype = {dtype!r}: must be a floating-point torch.dtype such as torch.bfloat16, or 'auto'")
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")

@@ -10,6 +10,7 @@ import torch
 
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
 from ldmkit.checkpoints.parts import DType, describe_part, load_part, write_part
+from ldmkit.checkpoints.weights import WEIGHT_FILES
 from ldmkit.config import Config
 from ldmkit.errors import CheckpointError, InputTypeError, UnknownPartError
 from ldmkit.interfaces import Part
@@ -27,7 +28,7 @@ def write_pipeline(
     from ldmkit import __version__
 
     index: dict[str, Any] = {"format": FORMAT, "ldmkit_version": __version__, "parts": dict.fromkeys(MODULES)}
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, stale=WEIGHT_FILES) as temporary:
         for kind, part in parts.items():
             if kind in MODULES and part is not None:
                 (temporary / kind).mkdir()
@@ -43,17 +44,23 @@ def write_pipeline(
 def resolve(name_or_folder: str | Path) -> Path:
     """The folder of a saved pipeline: a path, or the name of one that a plugin registers.
 
+    Where both exist, the folder is meant if it holds a pipeline: a folder of pictures called "emoji" hides no model.
+
     Raises:
         UnknownPartError: when it is neither.
     """
     path = Path(name_or_folder)
-    if path.is_dir():
+    if (path / INDEX).is_file():
         return path
-    if isinstance(name_or_folder, Path) or path.parent != Path():
+    if isinstance(name_or_folder, Path) or path.parent != Path() or path == Path():
+        if path.is_dir():
+            return path
         raise CheckpointError(f"{path} is not a folder")
     try:
         return Path(registry().load("pipeline", name_or_folder)())
     except UnknownPartError as error:
+        if path.is_dir():
+            return path
         raise UnknownPartError(f"{name_or_folder!r} is not a folder, and {error}") from None
 
 

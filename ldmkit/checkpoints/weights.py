@@ -18,6 +18,8 @@ from ldmkit.errors import ArchitectureMismatchError, CheckpointError
 
 STEM = "model"
 """Weights are `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with `model.safetensors.index.json`."""
+WEIGHT_FILES = (f"{STEM}.safetensors.index.json", f"{STEM}.safetensors", f"{STEM}-*.safetensors")
+"""Patterns of these names, what is read first in front."""
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size: int | None = None, stem: str = STEM) -> None:
