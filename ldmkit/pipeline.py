@@ -370,10 +370,9 @@ def _changed_latents(answer: Any, tensors: Mapping[str, Tensor]) -> Tensor:
     if unknown := sorted(set(answer) - set(tensors)):
         raise InputError(f"callback_on_step_end returned {', '.join(map(repr, unknown))}; only 'latents' can be changed")
     latents: Tensor = answer.get("latents", tensors["latents"])
-    if latents.shape != tensors["latents"].shape:
-        raise InputError(
-            f"callback_on_step_end returned latents of shape {tuple(latents.shape)}; they were {tuple(tensors['latents'].shape)}"
-        )
+    shape, wanted = tuple(latents.shape), tuple(tensors["latents"].shape)
+    if shape != wanted:
+        raise InputError(f"callback_on_step_end returned latents of shape {shape}; they were {wanted}")
     return latents
 
 

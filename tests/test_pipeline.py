@@ -316,7 +316,7 @@ def test_wrong_arguments_of_loading_are_named_before_anything_is_read(tmp_path: 
         Pipeline.from_pretrained(tmp_path, samplr="euler")
     folder = tiny_pipeline(tmp_path).save_pretrained(tmp_path / "p")
     for dtype in ("float16", torch.int8):
-        with pytest.raises(InputTypeError, match="must be a floating-point torch.dtype"):
+        with pytest.raises(InputTypeError, match=r"must be a floating-point torch\.dtype"):
             Pipeline.from_pretrained(folder, dtype=dtype)  # type: ignore[arg-type]
 
 
