@@ -6,6 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
+from ldmkit.checkpoints.files import check_writable
 from ldmkit.errors import OutputError
 
 PROMPTS = (
@@ -37,10 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="emoji", help="name or folder of a saved pipeline (default emoji)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     args = parser.parse_args(argv)
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {args.output.parent}: {error.strerror}") from None
+    check_writable(args.output.parent)
 
     began = time.perf_counter()
     from ldmkit import Pipeline  # imports torch: part of the loading that is timed
