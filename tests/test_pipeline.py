@@ -296,6 +296,26 @@ def test_saving_fewer_shards_over_more_leaves_none_of_the_old(tmp_path: Path) ->
     assert sorted(path.name for path in (folder / "conditioner").iterdir()) == ["model.safetensors", "part.json", "vocab.txt"]
 
 
+def test_saving_where_folders_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which has no O_DIRECTORY."""
+    import os
+
+    from ldmkit.checkpoints import files
+
+    really_open = os.open
+
+    def refuse_folders(path: Any, *more: Any, **options: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied")
+        return really_open(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse_folders)
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    with files.atomic_folder(tmp_path / "p") as temporary:
+        (temporary / "file").write_text("kept")
+    assert (tmp_path / "p" / "file").read_text() == "kept"
+
+
 def test_a_folder_without_a_pipeline_hides_no_registered_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ldmkit.checkpoints import pipelines
 

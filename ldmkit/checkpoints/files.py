@@ -102,11 +102,13 @@ def _delete_stale(target: Path, new: set[Path], patterns: Sequence[str]) -> None
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("rb+") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
