@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ldmkit.checkpoints.parts import load_part as load_part
+    from ldmkit.checkpoints.parts import save_part as save_part
     from ldmkit.config import AssetPath as AssetPath
     from ldmkit.config import Config as Config
     from ldmkit.errors import ArchitectureMismatchError as ArchitectureMismatchError
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from ldmkit.pipeline import Pipeline as Pipeline
     from ldmkit.plugin.registry import available as available
     from ldmkit.plugin.registry import build as build
-    from ldmkit.plugin.registry import load_part as load_part
+    from ldmkit.plugin.registry import part_class as part_class
     from ldmkit.plugin.registry import registry as registry
     from ldmkit.plugin.spec import Component as Component
     from ldmkit.plugin.spec import hookimpl as hookimpl
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from ldmkit.schedule import NoiseSchedule as NoiseSchedule
 
 _HOMES = {
+    "ldmkit.checkpoints.parts": "load_part save_part",
     "ldmkit.config": "AssetPath Config",
     "ldmkit.errors": "ArchitectureMismatchError CheckpointError ConfigError DataError InputError InputTypeError KernelError "
     "LdmkitError MissingDependencyError NumericalError OutputError PartClashError PluginError UnknownPartError",
@@ -64,7 +67,7 @@ _HOMES = {
     "SamplerState",
     "ldmkit.noise": "GeneratorNoise KeyedNoise NoiseSource keyed_normal",
     "ldmkit.pipeline": "Pipeline",
-    "ldmkit.plugin.registry": "available build load_part registry",
+    "ldmkit.plugin.registry": "available build part_class registry",
     "ldmkit.plugin.spec": "Component hookimpl",
     "ldmkit.prediction": "Model Prediction",
     "ldmkit.schedule": "NoiseSchedule",

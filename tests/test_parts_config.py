@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldmkit import Prediction, load_part
+from ldmkit import Prediction, part_class
 from ldmkit.config import Config
 from ldmkit.errors import ConfigError
 from ldmkit.plugin.registry import registry
@@ -18,7 +18,7 @@ def config_classes() -> dict[str, type[Config]]:
     """The config of each part, and the core's own."""
     parts = [(entry.kind, entry.name) for entry in registry().components() if entry.kind != "pipeline"]
     return {
-        **{f"{kind}:{name}": load_part(kind, name).Config for kind, name in parts},
+        **{f"{kind}:{name}": part_class(kind, name).Config for kind, name in parts},
         "schedule": NoiseSchedule.Config,
         "prediction": Prediction.Config,
     }

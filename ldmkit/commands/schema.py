@@ -6,7 +6,7 @@ import argparse
 import json
 
 from ldmkit.errors import InputError
-from ldmkit.plugin.registry import INTERFACES, load_part
+from ldmkit.plugin.registry import INTERFACES, part_class
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,5 +19,5 @@ def run(args: argparse.Namespace) -> int:
     """Print the schema. Raises: UnknownPartError, PartClashError, PluginError, InputError for kind "pipeline"."""
     if args.kind == "pipeline":
         raise InputError(f"a pipeline has no config of its own; its parts have: {', '.join(INTERFACES)}")
-    print(json.dumps(load_part(args.kind, args.name).Config.model_json_schema(), indent=2))
+    print(json.dumps(part_class(args.kind, args.name).Config.model_json_schema(), indent=2))
     return 0

@@ -247,7 +247,7 @@ def available(kind: str) -> tuple[str, ...]:
     return registry().available(kind)
 
 
-def load_part(kind: str, name: str) -> Any:
+def part_class(kind: str, name: str) -> Any:
     """The class of a part, by name. Raises: UnknownPartError, PartClashError, PluginError."""
     return registry().load(kind, name)
 
