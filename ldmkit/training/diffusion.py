@@ -162,6 +162,8 @@ class DiffusionStage(Stage):
             return
         assert self.pictures.conditions is not None
         self.conditioner.check([*self.pictures.conditions, self.conditioner.null_input])
+        with torch.no_grad():  # guidance dropout gives it the null input: a class table without a row for that says so here
+            self.denoiser.prepare(self.conditioner([self.conditioner.null_input]))
         if preview is not None:
             if not preview.inputs:
                 raise ConfigError("preview.inputs is empty: name some prompts or labels to draw, or leave out preview")

@@ -71,6 +71,7 @@ def run(recipe: Recipe, options: Options, make_stage: Callable[[torch.device], S
         NumericalError: when a loss is NaN or infinite.
     """
     check_writable(options.out)
+    resumed = _checkpoint_to_resume(recipe, options)
     accelerator = make_accelerator(recipe, options.device)
     if recipe.batch_size % accelerator.num_processes:
         raise ConfigError(f"batch_size = {recipe.batch_size} is not a multiple of the {accelerator.num_processes} processes")
@@ -80,7 +81,32 @@ def run(recipe: Recipe, options: Options, make_stage: Callable[[torch.device], S
         with accelerator.main_process_first():  # which encodes the data, if that is to be done, for all
             stage = make_stage(accelerator.device)
         torch.manual_seed(recipe.seed + accelerator.process_index)  # dropout differs between processes
-        return _Run(recipe, options, accelerator, stage)()
+        return _Run(recipe, options, accelerator, stage, resumed)()
+
+
+def _checkpoint_to_resume(recipe: Recipe, options: Options) -> Path | None:
+    """Decide between a new run and an old one, before anything is read or written.
+
+    Raises:
+        InputError: where there is nothing to resume. ConfigError: where the old run had other parts, or was of the other stage.
+    """
+    checkpoints = options.out / "checkpoints"
+    found = states.find(checkpoints)
+    if options.start == "resume" and not found:
+        raise InputError(f"there is no checkpoint to resume in {checkpoints}; leave out --resume to start")
+    if options.start == "fresh" or not found:
+        return None
+    folder = found[-1]
+    info = states.read_info(folder)
+    if info["recipe_kind"] != type(recipe).__name__:
+        raise ConfigError(f"{folder} is of a run of {info['recipe_kind']}, not {type(recipe).__name__}; choose another folder")
+    changed = differences(info["recipe"], recipe.to_dict())
+    lines = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+    if any(f"{key}.".startswith(ARCHITECTURE) for key in changed):
+        raise ConfigError(f"{folder} was trained with other parts ({'; '.join(lines)}); use --fresh or another folder")
+    for line in lines:
+        options.say(f"the recipe has changed since: {line}")
+    return folder
 
 
 def make_accelerator(recipe: Recipe, device: str) -> Any:
@@ -110,8 +136,9 @@ def make_accelerator(recipe: Recipe, device: str) -> Any:
 class _Run:
     """One process's part of a run."""
 
-    def __init__(self, recipe: Recipe, options: Options, accelerator: Any, stage: Stage) -> None:
+    def __init__(self, recipe: Recipe, options: Options, accelerator: Any, stage: Stage, resumed: Path | None) -> None:
         self.recipe, self.options, self.accelerator, self.stage = recipe, options, accelerator, stage
+        self.resumed = resumed
         self.device: torch.device = accelerator.device
         self.share = Share(accelerator.process_index, accelerator.num_processes)
         self.checkpoints = options.out / "checkpoints"
@@ -125,10 +152,10 @@ class _Run:
         self.step = 0
 
     def __call__(self) -> Result:
-        resumed = self._prepare_folder()
+        self._prepare_folder()
         self._wrap()
-        if resumed is not None:
-            self._restore(resumed)
+        if self.resumed is not None:
+            self._restore(self.resumed)
         log = Log(self.options.out, self.step) if self.accelerator.is_main_process else None
         try:
             self._train(log)
@@ -264,7 +291,7 @@ class _Run:
             extra = {
                 "ldmkit_version": __version__,
                 "torch_version": torch.__version__,
-                "stage": type(self.stage).__name__,
+                "recipe_kind": type(self.recipe).__name__,
                 "processes": self.accelerator.num_processes,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "meters": meters,
@@ -276,13 +303,9 @@ class _Run:
     def _state(self) -> states.TrainingState:
         return states.TrainingState(self.stage.networks, self.ema.averages, self.optimizers)
 
-    def _prepare_folder(self) -> Path | None:
-        """Decide between a new run and an old one; returns the checkpoint to resume."""
-        out, start, say = self.options.out, self.options.start, self.options.say
-        found = states.find(self.checkpoints)
-        if start == "resume" and not found:
-            raise InputError(f"there is no checkpoint to resume in {self.checkpoints}; leave out --resume to start")
-        resumed = found[-1] if found and start != "fresh" else None
+    def _prepare_folder(self) -> None:
+        """Clear away what a killed writer left and, for a new run, all of an old one."""
+        out, say, resumed = self.options.out, self.options.say, self.resumed
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             states.sweep(self.checkpoints)
@@ -294,7 +317,6 @@ class _Run:
             write_json(out / "recipe.json", self.recipe.to_dict())
         self.accelerator.wait_for_everyone()
         say(f"starting in {out}" if resumed is None else f"resuming from {resumed}; --fresh would start over")
-        return resumed
 
     def _wrap(self) -> None:
         self.wrapped_optimizers = {name: self.accelerator.prepare(o) for name, o in self.optimizers.items()}
@@ -304,16 +326,6 @@ class _Run:
 
     def _restore(self, folder: Path) -> None:
         info = states.read_info(folder)
-        if info["stage"] != type(self.stage).__name__:
-            raise ConfigError(
-                f"{folder} is of a run of {info['stage']}, not {type(self.stage).__name__}; choose another folder"
-            )
-        changed = differences(info["recipe"], self.recipe.to_dict())
-        lines = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
-        if any(f"{key}.".startswith(ARCHITECTURE) for key in changed):
-            raise ConfigError(f"{folder} was trained with other parts ({'; '.join(lines)}); use --fresh or another folder")
-        for line in lines:
-            self.options.say(f"the recipe has changed since: {line}")
         if info["processes"] != self.accelerator.num_processes:
             self.options.say(f"{info['processes']} processes before, {self.accelerator.num_processes} now: bits will differ")
         rng = states.read(folder, self._state())

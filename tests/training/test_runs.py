@@ -269,7 +269,7 @@ def test_changes_of_the_recipe_are_said_or_refused(data: Path, tmp_path: Path) -
 
 def test_a_folder_of_the_other_stage_is_refused(data: Path, autoencoder: Path, tmp_path: Path) -> None:
     train_autoencoder(stage_one(data, steps=1), Options(tmp_path, device="cpu"))
-    with pytest.raises(ConfigError, match="of a run of AutoencoderStage, not DiffusionStage"):
+    with pytest.raises(ConfigError, match="of a run of AutoencoderRecipe, not DiffusionRecipe"):
         train_diffusion(stage_two(data, autoencoder), Options(tmp_path, device="cpu"))
 
 
