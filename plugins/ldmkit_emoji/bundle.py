@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ldmkit.errors import CheckpointError, OutputError
+from ldmkit_emoji.plainly import plainly
 
 MIB = 2**20
 FILE_LIMIT, TOTAL_LIMIT = 15 * MIB, 36 * MIB
@@ -83,4 +84,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

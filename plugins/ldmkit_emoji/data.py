@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ldmkit.errors import InputError, OutputError
 from ldmkit_emoji.captions import COLOURS, caption
 from ldmkit_emoji.glyphs import SIZE, Emoji, Glyphs, compose, load, read_emoji
+from ldmkit_emoji.plainly import plainly
 from ldmkit_emoji.vocabulary import vocabulary
 
 HELD_OUT = 0.05
@@ -125,4 +126,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

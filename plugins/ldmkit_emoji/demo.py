@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ldmkit.checkpoints.files import check_writable
 from ldmkit.errors import OutputError
+from ldmkit_emoji.plainly import plainly
 
 PROMPTS = (
     "red apple",
@@ -58,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

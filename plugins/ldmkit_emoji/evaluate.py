@@ -28,6 +28,7 @@ from ldmkit_emoji.captions import COLOURS, article
 from ldmkit_emoji.data import glyph_held_out, pair_held_out
 from ldmkit_emoji.glyphs import SIZE, Emoji, Glyphs, load
 from ldmkit_emoji.metrics import Floats, NearestGlyph, background, psnr
+from ldmkit_emoji.plainly import plainly
 
 T = TypeVar("T")
 
@@ -167,4 +168,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    plainly(main)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -283,3 +285,14 @@ def test_the_embedded_model_is_small_and_draws() -> None:
     )
     assert a.images.shape == (1, 64, 64, 3)
     np.testing.assert_array_equal(a.images, b.images)
+
+
+@pytest.mark.parametrize("module", ["demo", "evaluate", "bundle"])
+def test_a_mistake_on_the_command_line_is_one_line(module: str, tmp_path: Path) -> None:
+    options = [str(tmp_path / "nothing")] if module == "bundle" else ["--model", str(tmp_path / "nothing")]
+    done = subprocess.run(
+        [sys.executable, "-m", f"ldmkit_emoji.{module}", *options], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
