@@ -291,7 +291,7 @@ def test_the_embedded_model_is_small_and_draws() -> None:
 def test_a_mistake_on_the_command_line_is_one_line(module: str, tmp_path: Path) -> None:
     options = [str(tmp_path / "nothing")] if module == "bundle" else ["--model", str(tmp_path / "nothing")]
     done = subprocess.run(
-        [sys.executable, "-m", f"ldmkit_emoji.{module}", *options], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", f"ldmkit_emoji.{module}", *options], check=False, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
