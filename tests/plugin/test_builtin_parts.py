@@ -63,7 +63,7 @@ def test_a_part_documents_its_config(component):
 
 @pytest.mark.parametrize("component", [c for c in COMPONENTS if c.kind == "pipeline"], ids=named)
 def test_a_pipeline_names_a_folder(component):
-    assert (Path(registry().load(component.kind, component.name)()) / "model_index.json").is_file()
+    assert (Path(registry().load(component.kind, component.name)()) / "pipeline.json").is_file()
 
 
 @pytest.mark.parametrize("module", sorted(f"ldmkit_{name}" for name in BUILTIN))
