@@ -119,13 +119,15 @@ def _check_embeds(name: str, value: Any) -> None:
         raise InputError(f"{name} must be (B, L, C), got shape {tuple(value.shape)}")
 
 
-def conditioner_options(conditioner: Conditioner | None, clip_skip: int | None) -> dict[str, Any]:
-    """Keyword arguments for the conditioner. Raises: InputError where it does not take them."""
+def conditioner_options(conditioner: Conditioner | None, embeds: Any, clip_skip: int | None) -> dict[str, Any]:
+    """Keyword arguments for the conditioner. Raises: InputError where it does not take them, or is not asked."""
     clip_skip = plain(clip_skip)
     if clip_skip is None:
         return {}
     if conditioner is None or "clip_skip" not in signature(conditioner.forward).parameters:
         raise InputError(f"clip_skip = {clip_skip} was given, but {type(conditioner).__name__} does not take it")
+    if embeds is not None:
+        raise InputError(f"clip_skip = {clip_skip} was given with prompt_embeds, which are encoded already; leave it out")
     return {"clip_skip": clip_skip}
 
 
@@ -179,6 +181,8 @@ def noise_source(
     if generator is not None:
         if seed is not None:
             raise InputError("seed and generator were both given; give one of them")
+        if first_image:
+            raise InputError(f"first_image = {first_image} was given with generator; it numbers the pictures of a seed")
         source = GeneratorNoise(generator, device=device, draw_dtype=dtype)
         if isinstance(source.generator, list) and len(source.generator) != count:
             raise InputError(f"{len(source.generator)} generators for a batch of {count}; give one, or one per image")

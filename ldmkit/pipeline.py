@@ -246,6 +246,7 @@ class Pipeline:
             guidance_rescale: Lin et al. 2024, eq. 15-16; in [0, 1].
             eta: the sampler's eta for this call.
             seed: of keyed noise: picture k depends on (seed, first_image + k) alone, whatever the batch. Not given: a new one.
+                A list gives each picture a seed of its own, under which it has the number first_image.
             generator: noise from torch.Generator instead, one or one per picture, in the order diffusers draws.
             latents: the starting noise itself (B, C, H/f, W/f); it is multiplied by the first level's scale.
             prompt_embeds, negative_prompt_embeds: conditions made before, tensors (B, L, C) or `Condition`s.
@@ -265,7 +266,7 @@ class Pipeline:
         rescale = given.guidance_rescale if guidance_rescale is None else guidance_rescale
         rescale = arguments.number("guidance_rescale", rescale, low=0, high=1)
         copies = arguments.count("num_images_per_prompt", num_images_per_prompt)
-        options = arguments.conditioner_options(self.conditioner, clip_skip)
+        options = arguments.conditioner_options(self.conditioner, prompt_embeds, clip_skip)
         positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds)
         negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, scale)
         count = positive.count * copies

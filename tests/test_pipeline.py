@@ -396,6 +396,7 @@ def test_wrong_arguments_of_loading_are_named_before_anything_is_read(tmp_path: 
         ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, NumericalError, "before step 1"),
         ({"output_type": "jpeg"}, InputError, "output_type = 'jpeg'"),
         ({"clip_skip": 1}, InputError, "does not take it"),
+        ({"first_image": 2, "generator": torch.Generator()}, InputError, "first_image = 2 was given with generator"),
         ({"negative_prompt": ["a", "b"]}, InputError, "2 negative prompts for 1 prompts"),
         ({"negative_prompt": 3}, InputTypeError, "negative_prompt"),
     ],
@@ -502,3 +503,15 @@ def test_unwritable_place_is_named(pipe: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="cannot write"):
         pipe.save_pretrained(tmp_path / "file" / "p")
+
+
+def test_clip_skip_of_an_encoded_prompt_is_refused(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pipe.conditioner is not None
+    made = pipe.conditioner(["a pear"])
+
+    def takes_it(inputs: list[str], *, clip_skip: int | None = None) -> None:
+        pytest.fail("the prompt was encoded")
+
+    monkeypatch.setattr(pipe.conditioner, "forward", takes_it)
+    with pytest.raises(InputError, match="clip_skip = 1 was given with prompt_embeds"):
+        pipe(prompt_embeds=made, clip_skip=1)

@@ -70,6 +70,7 @@ def atomic_folder(target: Path, *, stale: Sequence[str] = ()) -> Iterator[Path]:
     """
     check_writable(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    left = "what was there before is untouched"
     try:
         yield temporary
         _sync(temporary)
@@ -77,6 +78,7 @@ def atomic_folder(target: Path, *, stale: Sequence[str] = ()) -> Iterator[Path]:
             temporary.chmod(0o755)
             temporary.rename(target)
         else:
+            left = "it may now hold old and new files: save again, or delete it"
             files = [path for path in temporary.rglob("*") if path.is_file()]
             _delete_stale(target, {path.relative_to(temporary) for path in files}, stale)
             for path in sorted(files, key=lambda p: (p.suffix == ".json", p.parent == temporary, p.name)):
@@ -87,7 +89,7 @@ def atomic_folder(target: Path, *, stale: Sequence[str] = ()) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"cannot write {target}: {error.strerror or error}; what was there before is untouched") from error
+        raise OutputError(f"cannot write {target}: {error.strerror or error}; {left}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
