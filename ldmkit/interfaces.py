@@ -297,7 +297,11 @@ class Denoiser(Part, nn.Module):
 
     def check(self, condition: Condition) -> None:
         """Raise InputError where the condition sets a field that the network ignores, or lacks one that it needs."""
-        given = condition.given() - {"mask_BL"}
+        self.check_fields(condition.given())
+
+    def check_fields(self, given: frozenset[str]) -> None:
+        """`check`, from the names of the fields that will be set."""
+        given = given - {"mask_BL"}
         ignored, lacking = sorted(given - self.accepts), sorted(self.requires - given)
         if ignored:
             raise InputError(

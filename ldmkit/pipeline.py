@@ -269,6 +269,9 @@ class Pipeline:
         options = arguments.conditioner_options(self.conditioner, prompt_embeds, clip_skip)
         positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds)
         negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, scale)
+        if self.conditioner is not None and positive.inputs is not None:  # what does not fit is said before anything is encoded
+            told = self.denoiser.in_channels > self.autoencoder.latent_channels and image is not None
+            self.denoiser.check_fields(frozenset({*self.conditioner.provides, *(["spatial_BCHW"] if told else [])}))
         count = positive.count * copies
         sampler = arguments.with_eta(self._sampler, eta)
         levels = arguments.levels(

@@ -515,3 +515,11 @@ def test_clip_skip_of_an_encoded_prompt_is_refused(pipe: Pipeline, monkeypatch: 
     monkeypatch.setattr(pipe.conditioner, "forward", takes_it)
     with pytest.raises(InputError, match="clip_skip = 1 was given with prompt_embeds"):
         pipe(prompt_embeds=made, clip_skip=1)
+
+
+def test_a_conditioner_that_does_not_fit_is_named_before_it_runs(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    pipe.conditioner = ldmkit.build("conditioner", "class-label", num_classes=3, mode="labels")
+    pipe.conditioner.register_forward_pre_hook(lambda *_: pytest.fail("the conditioner ran"))
+    with pytest.raises(InputError, match="would ignore labels_B"):
+        pipe(class_labels=1)
