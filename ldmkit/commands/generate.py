@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if args.grid is not None:
         from ldmkit.images import grid
 
-        _save(grid(pictures, labels=prompts), Path(args.grid), {})
+        _save(grid(pictures, scale=max(1, 192 // pictures[0].width), labels=prompts), Path(args.grid), {})
         print(args.grid)
     print(f"seed {seed}", file=sys.stderr)
     return 0
