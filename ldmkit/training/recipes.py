@@ -232,7 +232,7 @@ class DiffusionRecipe(Recipe):
         guidance_dropout: share of pictures whose condition is replaced by the conditioner's null input.
         freeze_conditioner: train the denoiser only.
         conditioner_lr: the conditioner's learning rate after warm-up; the optimizer's where None. A text encoder that starts
-            from random weights often wants less: at the denoiser's rate it can collapse to one output for every prompt.
+            from random weights often wants less; one that collapses gives nearly one output for every prompt.
         conditioner_weights: a folder written by save_part to start the conditioner from.
         cache_latents: encode every picture once, and keep posterior means and deviations in memory and on disk.
         cache_dtype: their floating-point type.
