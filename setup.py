@@ -9,6 +9,7 @@ and nvcc is there), "python" (nothing; ldmkit works without), "cpu", or "cuda". 
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import os
 import sys
@@ -72,12 +73,11 @@ def extension(kind: str) -> dict[str, Any]:
     if sys.platform == "linux":  # at::parallel_for runs serially without
         cxx.append("-fopenmp")
         link.append("-fopenmp")
-    sources = ["csrc/binding.cpp", "csrc/geglu.cpp"]
-    depends = ["csrc/geglu.h", "csrc/vector.h"]
+    sources, depends = sorted(glob.glob("csrc/*.cpp")), sorted(glob.glob("csrc/*.h") + glob.glob("csrc/*.cuh"))
     if kind == "cuda":
         module = CUDAExtension(
             "ldmkit._C",
-            [*sources, "csrc/geglu.cu"],
+            [*sources, *sorted(glob.glob("csrc/*.cu"))],
             depends=depends,
             define_macros=[("WITH_CUDA", None)],
             extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]},

@@ -2,8 +2,8 @@
 #include "geglu.h"
 
 #include <cmath>
-#include <cstdlib>
 
+#include "instruction_set.h"
 #include "vector.h"
 
 namespace ldmkit {
@@ -165,25 +165,20 @@ LDMKIT_GEGLU_VARIANT(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,av
 #endif
 
 struct Variant {
-  const char* name;
   decltype(&forward_default) forward;
   decltype(&backward_default) backward;
 };
 
-// The widest that this processor has and ATEN_CPU_CAPABILITY (torch's own switch: "default", "avx2", "avx512") allows.
 Variant pick() {
 #if defined(__x86_64__)
-  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
-  const bool no_avx512 = wish && std::strcmp(wish, "avx512") != 0, no_avx2 = wish && std::strcmp(wish, "default") == 0;
-  if (!no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return {"avx512", forward_avx512, backward_avx512};
-  }
-  if (!no_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {"avx2", forward_avx2, backward_avx2};
+  switch (instruction_set()) {
+    case InstructionSet::avx512_bf16:
+    case InstructionSet::avx512: return {forward_avx512, backward_avx512};
+    case InstructionSet::avx2: return {forward_avx2, backward_avx2};
+    case InstructionSet::baseline: break;
   }
 #endif
-  return {"default", forward_default, backward_default};
+  return {forward_default, backward_default};
 }
 
 const Variant& variant() {
@@ -192,8 +187,6 @@ const Variant& variant() {
 }
 
 }  // namespace
-
-const char* cpu_capability() { return variant().name; }
 
 void geglu_forward_cpu(Dtype dtype, const void* x, int64_t x_stride, void* y, const GegluSlice& slice) {
   variant().forward(dtype, x, x_stride, y, slice);

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace ldmkit {
+#include "dtype.h"
 
-enum class Dtype : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+namespace ldmkit {
 
 // One slice of a matrix, `columns` of them from `column` on in rows [row_begin, row_end). All strides are between rows.
 struct GegluSlice {
@@ -17,9 +17,6 @@ void geglu_forward_cpu(Dtype dtype, const void* x, int64_t x_stride, void* y, co
 // grad_x is a dense (rows, 2n); y of the forward is a dense (rows, n).
 void geglu_backward_cpu(Dtype dtype, const void* grad, int64_t grad_stride, const void* x, int64_t x_stride, void* grad_x,
                         const GegluSlice& slice);
-
-// The instruction set the two above use on this machine: "avx512", "avx2" or "default".
-const char* cpu_capability();
 
 // CUDA launchers return a cudaError_t, 0 for success, and do not wait. `stream` is a cudaStream_t.
 int geglu_forward_cuda(Dtype dtype, const void* x, int64_t x_stride, void* y, int64_t rows, int64_t n, void* stream);

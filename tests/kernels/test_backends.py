@@ -100,7 +100,7 @@ def test_a_forced_backend_says_what_it_serves():
 
 @needs_compiled
 def test_automatic_choice_is_by_dtype():
-    faster = {"avx512": {torch.float32, torch.bfloat16}, "avx2": {torch.float32}, "default": set()}[
+    faster = {"avx512_bf16": {torch.float32, torch.bfloat16}, "avx512": {torch.float32, torch.bfloat16}, "avx2": {torch.float32}, "default": set()}[
         compiled.build_info()["cpu"]
     ]
     for dtype in report.DTYPES:

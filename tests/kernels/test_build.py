@@ -59,10 +59,11 @@ def test_cuda_that_cannot_be_had_and_unknown_choices_are_errors(setup_py, monkey
         setup_py.decide("gpu")
 
 
-def test_every_source_is_built_and_no_flag_ties_the_build_to_this_machine(setup_py, root):
+def test_every_source_is_built_and_no_flag_ties_the_build_to_this_machine(setup_py, root, monkeypatch):
+    monkeypatch.chdir(root)
     (module,) = setup_py.extension("cpu")["ext_modules"]
     assert set(module.sources) == {str(p.relative_to(root)) for p in (root / "csrc").glob("*.cpp")}
-    assert set(module.depends) == {str(p.relative_to(root)) for p in (root / "csrc").glob("*.h")}
+    assert set(module.depends) == {str(p.relative_to(root)) for p in (root / "csrc").glob("*.*h")}
     flags = module.extra_compile_args["cxx"] if isinstance(module.extra_compile_args, dict) else module.extra_compile_args
     assert not [f for f in flags if f.startswith(("-march", "-mtune", "-ffast-math"))]
 

@@ -36,7 +36,7 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Where the C++ kernel was measured to be faster than plain torch: fp16 nowhere yet, bf16 with AVX-512 only.
-_FASTER = {"avx512": (torch.float32, torch.bfloat16), "avx2": (torch.float32,)}
+_FASTER = {"avx512_bf16": (torch.float32, torch.bfloat16), "avx512": (torch.float32, torch.bfloat16), "avx2": (torch.float32,)}
 
 register("geglu", "reference", Implementation(call=reference.geglu))
 register(

@@ -23,14 +23,14 @@ NAMESPACE.define("geglu_backward(Tensor grad, Tensor x) -> Tensor")
 def _forward(x: Tensor) -> Tensor:
     if EXTENSION is None:
         raise KernelError(f"geglu: {ABSENT}")
-    result: Tensor = EXTENSION.geglu_forward(x)
+    result: Tensor = (EXTENSION.geglu_forward_cpu if x.is_cpu else EXTENSION.geglu_forward_cuda)(x)
     return result
 
 
 def _backward(grad: Tensor, x: Tensor) -> Tensor:
     if EXTENSION is None:
         raise KernelError(f"geglu: {ABSENT}")
-    result: Tensor = EXTENSION.geglu_backward(grad, x)
+    result: Tensor = (EXTENSION.geglu_backward_cpu if x.is_cpu else EXTENSION.geglu_backward_cuda)(grad, x)
     return result
 
 

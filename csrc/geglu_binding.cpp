@@ -1,0 +1,116 @@
+#include "binding.h"
+
+#include <algorithm>
+
+#include "geglu.h"
+
+namespace ldmkit {
+namespace {
+
+// (..., columns) => (rows, columns) with neighbouring columns adjacent in memory; a view where strides allow it, else a copy.
+at::Tensor as_rows(const at::Tensor& tensor) {
+  const int64_t columns = tensor.size(-1);
+  const at::Tensor rows = columns == 0 ? tensor.new_empty({0, 0}) : tensor.reshape({-1, columns});
+  return columns <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+at::Tensor empty_output(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) % 2 == 0, "geglu: the last dimension must be even");
+  auto shape = x.sizes().vec();
+  shape.back() /= 2;
+  return at::empty(shape, x.options());
+}
+
+void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == 2 * grad.size(-1) && x.numel() == 2 * grad.numel() && grad.device() == x.device() &&
+                  grad.scalar_type() == x.scalar_type(),
+              "geglu: the incoming gradient does not fit x");
+}
+
+#ifndef LDMKIT_EMULATION
+
+// Runs `work` over all (row, column) tiles on torch's threads. A tile's arithmetic does not depend on how they are dealt out.
+template <class Work>
+void for_each_tile(int64_t rows, int64_t n, const Work& work) {
+  constexpr int64_t kTile = 8192;
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  const int64_t grain = std::max<int64_t>(1, kTile / std::max<int64_t>(1, std::min(n, kTile)));
+  at::parallel_for(0, rows * tiles, grain, [&](int64_t begin, int64_t end) {
+    if (tiles == 1) return work(GegluSlice{n, begin, end, 0, n});
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / tiles, column = i % tiles * kTile;
+      work(GegluSlice{n, row, row + 1, column, std::min(kTile, n - column)});
+    }
+  });
+}
+
+at::Tensor forward_cpu(const at::Tensor& x) {
+  const at::Tensor y = empty_output(x);
+  if (y.numel() == 0) return y;
+  const at::Tensor x_RN = as_rows(x);
+  const void* x_data = x_RN.const_data_ptr();
+  void* y_data = y.data_ptr();
+  for_each_tile(x_RN.size(0), y.size(-1), [&, dtype = dtype_of(x), stride = x_RN.stride(0)](const GegluSlice& slice) {
+    geglu_forward_cpu(dtype, x_data, stride, y_data, slice);
+  });
+  return y;
+}
+
+at::Tensor backward_cpu(const at::Tensor& grad, const at::Tensor& x) {
+  check_gradient(grad, x);
+  const at::Tensor grad_x = at::empty(x.sizes(), x.options());
+  if (grad.numel() == 0) return grad_x;
+  const at::Tensor x_RN = as_rows(x), grad_RN = as_rows(grad);
+  const void *grad_data = grad_RN.const_data_ptr(), *x_data = x_RN.const_data_ptr();
+  void* grad_x_data = grad_x.data_ptr();
+  for_each_tile(x_RN.size(0), grad.size(-1), [&, dtype = dtype_of(x)](const GegluSlice& slice) {
+    geglu_backward_cpu(dtype, grad_data, grad_RN.stride(0), x_data, x_RN.stride(0), grad_x_data, slice);
+  });
+  return grad_x;
+}
+
+LDMKIT_BIND {
+  module.def("geglu_forward_cpu", &forward_cpu, Unlocked());
+  module.def("geglu_backward_cpu", &backward_cpu, Unlocked());
+}
+
+#endif
+
+}  // namespace
+}  // namespace ldmkit
+
+#ifdef LDMKIT_DEVICE
+
+namespace ldmkit::device {
+namespace {
+
+at::Tensor forward_cuda(const at::Tensor& x) {
+  const at::Tensor y = empty_output(x);
+  if (y.numel() == 0) return y;
+  const at::Tensor x_RN = as_rows(x);
+  const Launch launch(x);
+  check_launch(geglu_forward_cuda(dtype_of(x), x_RN.const_data_ptr(), x_RN.stride(0), y.data_ptr(), x_RN.size(0), y.size(-1),
+                                  launch.stream));
+  return y;
+}
+
+at::Tensor backward_cuda(const at::Tensor& grad, const at::Tensor& x) {
+  check_gradient(grad, x);
+  const at::Tensor grad_x = at::empty(x.sizes(), x.options());
+  if (grad.numel() == 0) return grad_x;
+  const at::Tensor x_RN = as_rows(x), grad_RN = as_rows(grad);
+  const Launch launch(x);
+  check_launch(geglu_backward_cuda(dtype_of(x), grad_RN.const_data_ptr(), grad_RN.stride(0), x_RN.const_data_ptr(),
+                                   x_RN.stride(0), grad_x.data_ptr(), x_RN.size(0), grad.size(-1), launch.stream));
+  return grad_x;
+}
+
+LDMKIT_BIND {
+  module.def("geglu_forward_cuda", &forward_cuda, Unlocked());
+  module.def("geglu_backward_cuda", &backward_cuda, Unlocked());
+}
+
+}  // namespace
+}  // namespace ldmkit::device
+
+#endif
