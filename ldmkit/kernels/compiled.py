@@ -1,13 +1,17 @@
-"""The compiled extension ldmkit._C, or why there is none."""
+"""The compiled extension ldmkit._C, or why there is none, and the kernels in it."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from ldmkit.kernels.backends import Implementation
 
 BUILD_COMMANDS = (
     "`pip install --no-build-isolation -e .` in a checkout,"
@@ -29,6 +33,7 @@ EXTENSION, ABSENT = _load()
 """The module and None, or None and the reason."""
 
 
+@functools.cache
 def build_info() -> dict[str, Any]:
     """How the extension was built: torch's version, the compiler, whether with CUDA; and `cpu`, the instruction set in use,
     which is "none" where there is no extension.
@@ -47,3 +52,14 @@ def lacks(device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible"
     return None
+
+
+def implementation(op: str, device: str) -> Implementation:
+    """The extension's kernel of an op for "cpu" or "cuda"."""
+    from ldmkit.kernels.backends import Implementation
+
+    missing = lacks(device)
+    if missing is None and not hasattr(EXTENSION, f"{op}_forward_{device}"):
+        missing = f"the compiled kernels are older than this code; rebuild them with {BUILD_COMMANDS}"
+    forward, backward = (getattr(EXTENSION, f"{op}_{way}_{device}", None) for way in ("forward", "backward"))
+    return Implementation(forward=forward, backward=backward, device=device, missing=missing)

@@ -12,6 +12,7 @@ import os
 import re
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -22,7 +23,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from ldmkit.errors import PluginError
 from ldmkit.plugin import spec
-from ldmkit.plugin.spec import API_VERSION, Component
+from ldmkit.plugin.spec import API_VERSION, Component, Kernel
 
 GROUP = "ldmkit"
 DISABLE, ALLOW = "LDMKIT_DISABLE_PLUGINS", "LDMKIT_PLUGINS"
@@ -42,6 +43,7 @@ class Plugin:
         distribution: the installed distribution that ships it ("" where unknown), and its `version`.
         state: "ok"; "failed" (see `error`, one line, and `traceback`); or "blocked" (see `error`).
         components: the parts it offers; none unless ok.
+        kernels: the kernels it offers; none unless ok.
         hooks: calls its hooks, each returning a list of at most one result; None unless ok.
     """
 
@@ -51,6 +53,7 @@ class Plugin:
     version: str = ""
     state: Literal["ok", "failed", "blocked"] = "ok"
     components: tuple[Component, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
     error: str = ""
     traceback: str = ""
     hooks: Any = field(default=None, repr=False, compare=False)
@@ -138,11 +141,12 @@ def _load(entry_point: metadata.EntryPoint, plugin: Plugin) -> Plugin:
         _check_api(manager.hook.ldmkit_api())
         manager.check_pending()  # a hook implementation with a misspelt name
         components = _components(manager.hook.ldmkit_components())
+        kernels = _kernels(manager.hook.ldmkit_kernels())
     except (Exception, SystemExit) as error:  # whatever a stranger's code may do, the others go on
         message = " ".join(str(error).split())
         text = f"{type(error).__name__}: {message}" if message else type(error).__name__
         return replace(plugin, state="failed", error=text, traceback=traceback.format_exc())
-    return replace(plugin, components=components, hooks=manager.hook)
+    return replace(plugin, components=components, kernels=kernels, hooks=manager.hook)
 
 
 def _register(plugin: object, *, name: str) -> pluggy.PluginManager:
@@ -184,16 +188,28 @@ def _check_api(answers: list[Any]) -> None:
 
 
 def _components(answers: list[Any]) -> tuple[Component, ...]:
-    components: list[Component] = []
+    components: tuple[Component, ...] = _all_of(Component, "ldmkit_components", answers)
+    for component, count in Counter((c.kind, c.name) for c in components).items():
+        if count > 1:
+            raise PluginError(f"it offers the {component[0]} {component[1]!r} twice")
+    return components
+
+
+def _kernels(answers: list[Any]) -> tuple[Kernel, ...]:
+    kernels: tuple[Kernel, ...] = _all_of(Kernel, "ldmkit_kernels", answers)
+    for kernel, count in Counter((k.op, k.backend) for k in kernels).items():
+        if count > 1:
+            raise PluginError(f"it offers the backend {kernel[1]!r} of {kernel[0]} twice")
+    return kernels
+
+
+def _all_of(kind: type[Any], hook: str, answers: list[Any]) -> tuple[Any, ...]:
+    found: list[Any] = []
     for answer in answers:
         if not isinstance(answer, Iterable) or isinstance(answer, str | bytes):
-            raise PluginError(f"ldmkit_components must return an iterable of Component, not {answer!r}")
-        components.extend(answer)
-    seen: set[tuple[str, str]] = set()
-    for component in components:
-        if not isinstance(component, Component):
-            raise PluginError(f"ldmkit_components must return Component objects only, and one is {component!r}")
-        if (component.kind, component.name) in seen:
-            raise PluginError(f"it offers the {component.kind} {component.name!r} twice")
-        seen.add((component.kind, component.name))
-    return tuple(components)
+            raise PluginError(f"{hook} must return an iterable of {kind.__name__}, not {answer!r}")
+        found.extend(answer)
+    for item in found:
+        if not isinstance(item, kind):
+            raise PluginError(f"{hook} must return {kind.__name__} objects only, and one is {item!r}")
+    return tuple(found)

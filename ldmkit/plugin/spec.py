@@ -68,6 +68,59 @@ def ldmkit_components() -> Iterable[Component]:
     raise AssertionError("a hook specification is never called")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One implementation of one of the fused ops: plain data.
+
+    Attributes:
+        op: group_norm_silu, cross_attention, geglu or geglu_linear.
+        backend: what users write in `backend=`, lower-case words joined with hyphens.
+        target: "package.module:object", imported on first use. The object has functions `forward` and `backward` with the
+            signatures of `ldmkit/kernels/<op>/op.py` (without the last argument), and may have `missing()`, which says why it
+            cannot run on this machine (or None), and `refusal(*arguments)`, which says why it cannot serve a call (or None).
+        device: the type of device it serves, "cpu" or "cuda".
+        dtypes: what it serves.
+        summary: one line for listings.
+
+    Raises:
+        PluginError: for a backend that is not lower-case words, the name of a built-in one, or a malformed target.
+    """
+
+    op: str
+    backend: str
+    target: str
+    device: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if self.backend in RESERVED or not all(word.isalnum() and word == word.lower() for word in self.backend.split("-")):
+            raise PluginError(
+                f"kernel backend {self.backend!r}: use lower-case words joined with hyphens, other than {', '.join(RESERVED)}"
+            )
+        module, colon, attribute = self.target.partition(":")
+        if not (module and colon and attribute):
+            raise PluginError(f"kernel {self.backend!r}: target {self.target!r} is not of the form 'package.module:object'")
+
+
+RESERVED = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+@hookspec
+def ldmkit_kernels() -> Iterable[Kernel]:
+    """Further implementations of the fused ops. They run where they are named (`backend=`, `ldmkit.kernels.use`,
+    LDMKIT_KERNELS), never by themselves; `ldmkit verify OP --backend NAME` checks them.
+
+    >>> from ldmkit.plugin.spec import Kernel, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_kernels():
+    ...     return [Kernel(op="geglu", backend="mine", target="my_package.kernels:geglu", device="cpu")]
+    >>> ldmkit_kernels()[0].backend
+    'mine'
+    """
+    raise AssertionError("a hook specification is never called")
+
+
 @hookspec
 def ldmkit_api() -> str:
     """The range of plugin API versions a plugin works with, as a version specifier; any 1.x where it is not given.

@@ -1,13 +1,18 @@
 """Which implementation runs, how to force one, and what the report says."""
 
 import json
+import re
+import sys
 import threading
+import types
 
 import pytest
 import torch
 
 from ldmkit.errors import KernelError
-from ldmkit.kernels import backends, compiled, geglu, group_norm_silu, report, use
+from ldmkit.kernels import backends, compiled, geglu, group_norm_silu, record, report, rules, third_party, use
+from ldmkit.plugin.manager import Plugin
+from ldmkit.plugin.spec import Kernel
 
 needs_compiled = pytest.mark.skipif(compiled.ABSENT is not None, reason=str(compiled.ABSENT))
 
@@ -27,9 +32,8 @@ def environment(monkeypatch):
 
 def chosen(op="geglu", dtype=torch.float32, backend=None):
     """The name of what would run."""
-    call = backends.choose(op, torch.zeros(2, 2, dtype=dtype), backend)
-    (name,) = {n for n, i in backends.implementations(op).items() if i.call is call} - ({"cuda"} if op == "geglu" else set())
-    return name
+    features = {name: 1 for rule in backends.rules(op) for name in rule.when}
+    return backends.choose(op, (torch.zeros(2, 2, dtype=dtype),), features, backend)
 
 
 def test_call_beats_context_beats_environment_beats_automatic(environment):
@@ -38,10 +42,7 @@ def test_call_beats_context_beats_environment_beats_automatic(environment):
         geglu(torch.zeros(2, 2))
     with use("geglu=reference"):
         assert chosen() == "reference"
-        with pytest.raises(KernelError, match="'triton' was forced but cannot serve this call: not in this version"):
-            geglu(torch.zeros(2, 2), backend="triton")
-    assert chosen(backend="auto") == backends.automatic("geglu", "cpu", torch.float32)
-    assert chosen("group_norm_silu") == "reference"
+    assert chosen(backend="auto") == backends.automatic("geglu", (torch.zeros(2, 2),), {"N": 1}).backend
 
 
 @needs_compiled
@@ -53,7 +54,7 @@ def test_use_nests_restores_and_merges():
             geglu(torch.zeros(2, 2))
         assert chosen() == "cpu"
         with use("auto"):
-            assert chosen() == backends.automatic("geglu", "cpu", torch.float32)
+            assert chosen() == backends.automatic("geglu", (torch.zeros(2, 2),), {"N": 1}).backend
 
 
 def test_use_is_seen_by_its_own_thread_only():
@@ -86,7 +87,7 @@ def test_misspelt(spec, told, environment):
 
 
 def test_one_name_forces_all_ops():
-    with use("cpu"), pytest.raises(KernelError, match="group_norm_silu: backend 'cpu' was forced"):
+    with use("cuda"), pytest.raises(KernelError, match="group_norm_silu: backend 'cuda' was forced"):
         group_norm_silu(torch.zeros(1, 2, 2), 1)
 
 
@@ -94,38 +95,92 @@ def test_one_name_forces_all_ops():
 def test_a_forced_backend_says_what_it_serves():
     with pytest.raises(KernelError, match="serves cpu tensors only, this one is on meta"):
         geglu(torch.zeros(2, 2, device="meta"), backend="cpu")
-    with pytest.raises(KernelError, match=r"serves float32, bfloat16, float16, float64, not torch\.float8"):
+    with pytest.raises(KernelError, match=r"serves float32, bfloat16, float16, float64, not float8"):
         geglu(torch.zeros(2, 2).to(torch.float8_e4m3fn), backend="cpu")
 
 
+def rule(**fields):
+    return rules._rule(**{"backend": "cpu", "device": "cpu", "measured": "here", **fields})
+
+
 @needs_compiled
-def test_automatic_choice_is_by_dtype():
-    faster = {"avx512_bf16": {torch.float32, torch.bfloat16}, "avx512": {torch.float32, torch.bfloat16}, "avx2": {torch.float32}, "default": set()}[
-        compiled.build_info()["cpu"]
-    ]
-    for dtype in report.DTYPES:
-        assert chosen(dtype=dtype) == ("cpu" if dtype in faster else "reference")
+def test_the_first_rule_that_fits_decides(monkeypatch):
+    shipped = (
+        rule(backend="reference", dtypes=["float32"], when={"N": [None, 3]}, training=False),
+        rule(dtypes=["float32"], instructions=["no such set"]),
+        rule(backend="cuda"),
+        rule(dtypes=["float32", "float64"], when={"N": [2, 5]}),
+    )
+    monkeypatch.setattr(backends, "rules", lambda op: shipped)
+
+    def choice(n, dtype=torch.float32, training=False):
+        x = torch.zeros(2, 2 * n, dtype=dtype, requires_grad=training)
+        return backends.automatic("geglu", (x,), {"N": n})
+
+    assert choice(3) == backends.Choice("reference", "rule 1 of geglu/choice.json")
+    assert choice(3, training=True) == backends.Choice("cpu", "rule 4 of geglu/choice.json")
+    assert choice(5).backend == "cpu"
+    assert choice(6) == backends.Choice("reference", "no rule of geglu/choice.json fits")
+    assert choice(3, torch.bfloat16).backend == "reference"
+    assert choice(2, torch.float64).backend == "cpu"
+
+
+FEATURES = {
+    "geglu": ("N",),
+    "geglu_linear": ("N", "K", "rows"),
+    "group_norm_silu": ("C", "spatial", "groups"),
+    "cross_attention": ("H", "L", "S", "D", "mask"),
+}
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_shipped_rules_are_sound(op):
+    for one in rules.rules(op):
+        assert one.backend in backends.BACKENDS
+        assert one.device in ("cpu", "cuda")
+        assert one.measured
+        assert set(one.when) <= set(FEATURES[op])
+
+
+def test_rules_in_words():
+    assert rule().describe() == "cpu"
+    full = rule(dtypes=["float32", "bfloat16"], instructions=["avx2"], training=True, when={"S": [1, 77], "D": [40, 40]})
+    assert full.describe() == "cpu float32/bfloat16, with avx2, S 1 to 77, D 40, when training"
+    assert rule(training=False, when={"S": [None, 3], "L": [4, None]}).describe() == (
+        "cpu, S at most 3, L at least 4, when not training"
+    )
+
+
+@needs_compiled
+def test_what_really_ran_is_recorded():
+    x = torch.zeros(3, 4)
+    with record() as calls:
+        geglu(x, backend="cpu")
+        with record() as inner, use("reference"):
+            geglu(x)
+        torch.compile(lambda t: geglu(t, backend="cpu"), backend="aot_eager", fullgraph=True)(x)
+    assert [(c.op, c.backend, c.reason, c.shapes) for c in inner] == [("geglu", "reference", "forced", ((3, 4),))]
+    assert [c.backend for c in calls] == ["cpu", "reference", "cpu"]
+    geglu(x)
+    assert len(calls) == 3
 
 
 def test_report_is_json_and_complete():
     described = json.loads(json.dumps(report.describe()))
     assert set(described["ops"]) == set(backends.OPS)
-    for op, entry in described["ops"].items():
-        assert set(entry["backends"]) == set(backends.BACKENDS)
+    for entry in described["ops"].values():
         assert entry["backends"]["reference"]["available"]
         for row in entry["backends"].values():
             assert row["available"] == (row["why_not"] is None)
-        everything = [c for row in entry["backends"].values() for c in row["chosen_for"]]
-        assert sorted(everything) == sorted(set(everything)), f"{op}: chosen twice"
-        assert {"cpu float32", "cpu bfloat16", "cpu float16", "cpu float64"} <= set(everything)
+        for line in entry["rules"]:
+            assert entry["backends"][line["backend"]]["available"]
 
 
 def test_report_follows_what_is_forced():
     with use("geglu=reference"):
-        described = report.describe()["ops"]["geglu"]
-        assert described["forced"] == "reference"
-        assert "cpu float32" in described["backends"]["reference"]["chosen_for"]
-        assert "(forced)" in report.table()
+        assert report.describe()["ops"]["geglu"]["forced"] == "reference"
+        assert re.search(r"geglu +reference +available +forced", report.table())
+        assert compiled.ABSENT or re.search(r"geglu +cpu +available +reference is forced", report.table())
 
 
 def test_without_the_extension_the_table_names_the_command(monkeypatch):
@@ -133,15 +188,82 @@ def test_without_the_extension_the_table_names_the_command(monkeypatch):
     extension, reason = compiled._load()
     assert extension is None
     assert "pip install --no-build-isolation -e ." in reason
-    cpu = backends.Implementation(call=geglu, device="cpu", missing=reason)
+    cpu = backends.Implementation(forward=None, backward=None, device="cpu", missing=reason)
     monkeypatch.setitem(backends._implementations["geglu"], "cpu", cpu)
     monkeypatch.setattr(report, "ABSENT", reason)
-    monkeypatch.setitem(backends._automatic, "geglu", {})
     assert reason in report.table()
-    assert report.describe()["ops"]["geglu"]["backends"]["cpu"] == {"available": False, "why_not": reason, "chosen_for": []}
+    assert report.describe()["ops"]["geglu"]["backends"]["cpu"] == {"available": False, "why_not": reason}
     with pytest.raises(KernelError, match="build could not see torch"):
         geglu(torch.zeros(2, 2), backend="cpu")
+    with pytest.raises(KernelError, match="build could not see torch"):
+        torch.ops.ldmkit.geglu(torch.zeros(2, 2), "cpu")
     assert torch.equal(geglu(torch.zeros(2, 2)), torch.zeros(2, 1))
+
+
+class Mine:
+    """A plugin's kernel: plain torch without autograd."""
+
+    @staticmethod
+    def forward(x):
+        value, gate = x.chunk(2, dim=-1)
+        return value * torch.nn.functional.gelu(gate)
+
+    @staticmethod
+    def backward(grad, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(Mine.forward(x), x, grad)[0]
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """Makes discovery find the given plugins' kernels, in a table of its own."""
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(kernel=Mine))
+
+    def install(*kernels):
+        found = [
+            Plugin(entry_point=f"p{i}", module="m", distribution=f"dist-{i}", version="1.0", kernels=(kernel,))
+            for i, kernel in enumerate(kernels)
+        ]
+        monkeypatch.setattr(third_party, "discover_plugins", lambda: found)
+        monkeypatch.setattr(backends, "_implementations", {op: dict(kept) for op, kept in backends._implementations.items()})
+        third_party.discover.cache_clear()
+
+    yield install
+    third_party.discover.cache_clear()
+
+
+def test_a_plugin_s_kernel_runs_where_it_is_named(plugins):
+    plugins(Kernel(op="geglu", backend="mine", target="mine:kernel", device="cpu", dtypes=("float32",)))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    got, want = (torch.autograd.grad(geglu(x, backend=b).sum(), x)[0] for b in ("mine", "reference"))
+    assert torch.equal(got, want)
+    with use("mine"), record() as calls:
+        geglu(x)
+    assert [c.backend for c in calls] == ["mine"]
+    assert re.search(r"geglu +mine +available +nothing by itself", report.table())
+    with pytest.raises(KernelError, match="serves float32, not float64"):
+        geglu(x.double(), backend="mine")
+    with pytest.raises(KernelError, match=r"group_norm_silu: backend 'mine' was forced but .*: it has no such kernel"):
+        group_norm_silu(torch.zeros(1, 2, 2), 1, backend="mine")
+    with pytest.raises(KernelError, match="did you mean 'mine'"):
+        geglu(x, backend="mien")
+
+
+def test_a_broken_or_clashing_kernel_says_so_when_it_is_asked_for(plugins):
+    broken = Kernel(op="geglu", backend="broken", target="no_such_module:x", device="cpu")
+    twice = Kernel(op="geglu", backend="twice", target="mine:kernel", device="cpu")
+    plugins(broken, twice, twice)
+    with pytest.raises(KernelError, match=r"no_such_module:x of plugin dist-0 1\.0 .*failed: ModuleNotFoundError"):
+        geglu(torch.zeros(2, 2), backend="broken")
+    with pytest.raises(KernelError, match=r"two plugins offer it, dist-1 1\.0 .* and dist-2 1\.0 .*LDMKIT_DISABLE_PLUGINS"):
+        geglu(torch.zeros(2, 2), backend="twice")
+
+
+def test_a_kernel_for_no_known_op_is_an_error(plugins):
+    plugins(Kernel(op="gelgu", backend="mine", target="m:x", device="cpu"))
+    with pytest.raises(KernelError, match=r"plugin dist-0 1\.0 .*unknown op 'gelgu'"):
+        geglu(torch.zeros(2, 2), backend="mine")
 
 
 def test_an_extension_that_cannot_be_loaded_says_why(monkeypatch):

@@ -130,8 +130,8 @@ def test_integers_are_refused():
 @needs_compiled
 def test_opcheck():
     x = randn((2, 3, 8), 0)
-    torch.library.opcheck(torch.ops.ldmkit.geglu.default, (x,))
-    torch.library.opcheck(torch.ops.ldmkit.geglu_backward.default, (randn((2, 3, 2), 1), x[:, :, ::2]))
+    torch.library.opcheck(torch.ops.ldmkit.geglu.default, (x, "cpu"))
+    torch.library.opcheck(torch.ops.ldmkit.geglu_backward.default, (randn((2, 3, 2), 1), x[:, :, ::2], "cpu"))
 
 
 @needs_compiled

@@ -11,10 +11,10 @@ SMALL = 4096
 there (16 to 64 queries, measured with AVX-512)."""
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T + mask) v; mask is None or broadcasts to (B, H, L, S), bool (True = attend) or additive."""
     if q.is_cpu:
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
+        dtype = q.dtype
         if dtype.itemsize == 2 and q.shape[2] * k.shape[2] <= SMALL and torch.is_grad_enabled():
             with torch.autocast("cpu", enabled=False):
                 return attend_in_products(q.float(), k.float(), v.float(), mask, scale).to(dtype)
@@ -23,7 +23,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
     return attend_without_dead_rows(q, k, v, mask, scale)
 
 
-def attend_without_dead_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+def attend_without_dead_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The same where torch's kernel may give NaN for a row without keys: such rows get keys, and what they give is set to 0."""
     boolean = mask.dtype == torch.bool
     dead_1 = ~(mask if boolean else mask > float("-inf")).any(dim=-1, keepdim=True)
@@ -31,12 +31,24 @@ def attend_without_dead_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scal
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).masked_fill(dead_1, 0.0)
 
 
-def attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The same by two products and a softmax, all scores in memory; in fp32, since half-precision scores are too coarse."""
-    scores_BHLS = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    scores_BHLS = (q * scale) @ k.transpose(-1, -2)
     if mask is None:
         return scores_BHLS.softmax(dim=-1) @ v
     additive = mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
     dead_1 = (additive == float("-inf")).all(dim=-1, keepdim=True)
     weights_BHLS = (scores_BHLS + additive.masked_fill(dead_1, 0.0)).softmax(dim=-1).masked_fill(dead_1, 0.0)
     return weights_BHLS @ v
+
+
+def log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """log sum exp(scale q k^T + mask) over keys, (B, H, L), in at least float32."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):
+        scores_BHLS = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
+        if mask is None:
+            return scores_BHLS.logsumexp(dim=-1)
+        if mask.dtype == torch.bool:
+            return scores_BHLS.masked_fill(~mask, float("-inf")).logsumexp(dim=-1)
+        return (scores_BHLS + mask).logsumexp(dim=-1)

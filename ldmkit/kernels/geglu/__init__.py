@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ldmkit.errors import InputError, InputTypeError
-from ldmkit.kernels.backends import Implementation, choose, register
-from ldmkit.kernels.compiled import build_info, lacks
-from ldmkit.kernels.geglu import compiled, reference
+from ldmkit.kernels import compiled, triton_support
+from ldmkit.kernels.backends import choose, register
+from ldmkit.kernels.geglu import op, reference
 
 
 def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -16,7 +15,7 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         x: (..., 2N), floating point, any strides.
-        backend: forces one implementation; None chooses by device and dtype.
+        backend: forces one implementation; None chooses by device, dtype and N.
 
     Returns:
         (..., N) in the dtype of x.
@@ -30,24 +29,10 @@ def geglu(x: Tensor, *, backend: str | None = None) -> Tensor:
         raise InputError(f"geglu: x has shape {tuple(x.shape)}; its last dimension must be even, value and gate side by side")
     if not x.is_floating_point():
         raise InputTypeError(f"geglu: x is {x.dtype}; it needs a floating-point dtype")
-    result: Tensor = choose("geglu", x, backend)(x)
-    return result
+    name = choose("geglu", (x,), {"N": x.shape[-1] // 2}, backend)
+    return reference.geglu(x) if name == "reference" else op.geglu(x, name)
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Where the C++ kernel was measured to be faster than plain torch: fp16 nowhere yet, bf16 with AVX-512 only.
-_FASTER = {"avx512_bf16": (torch.float32, torch.bfloat16), "avx512": (torch.float32, torch.bfloat16), "avx2": (torch.float32,)}
-
-register("geglu", "reference", Implementation(call=reference.geglu))
-register(
-    "geglu",
-    "cpu",
-    Implementation(
-        call=compiled.geglu,
-        device="cpu",
-        dtypes=_DTYPES,
-        automatic=_FASTER.get(build_info()["cpu"], ()),
-        missing=lacks("cpu"),
-    ),
-)
-register("geglu", "cuda", Implementation(call=compiled.geglu, device="cuda", dtypes=_DTYPES, missing=lacks("cuda")))
+register("geglu", "cpu", compiled.implementation("geglu", "cpu"))
+register("geglu", "cuda", compiled.implementation("geglu", "cuda"))
+register("geglu", "triton", triton_support.implementation("geglu"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from ldmkit.errors import InputError, InputTypeError
-from ldmkit.kernels.backends import Implementation, choose, register
-from ldmkit.kernels.group_norm_silu import reference
+from ldmkit.kernels import compiled, triton_support
+from ldmkit.kernels.backends import choose, register
+from ldmkit.kernels.group_norm_silu import op, reference
 
 
 def group_norm_silu(
@@ -18,48 +22,74 @@ def group_norm_silu(
     eps: float = 1e-5,
     *,
     silu: bool = True,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Normalises each group of channels to mean 0 and variance 1, applies weight and bias per channel, then y * sigmoid(y).
+    """Normalises each group of channels of x + shift + residual to mean 0 and variance 1, applies weight and bias per channel,
+    then y * sigmoid(y).
 
     Args:
         x: (N, C, *spatial), floating point, any strides.
         num_groups: a divisor of C; each group is C / num_groups neighbouring channels with all their pixels.
-        weight, bias: (C,) in the dtype and on the device of x, or None for 1 and 0.
+        weight, bias: (C,), or None for 1 and 0.
         eps: added to the variance.
         silu: False leaves out the SiLU.
-        backend: forces one implementation; None chooses by device and dtype.
+        shift: (N, C), added to every pixel before normalising: a time embedding.
+        residual: (N, C, *spatial), added before normalising: a skip connection.
+        backend: forces one implementation; None chooses by device, dtype and the shape of one image.
 
     Returns:
-        (N, C, *spatial) in the dtype of x; channels_last where x is. Under autocast, torch decides the dtype.
+        (N, C, *spatial) in the dtype of x; channels_last where x is. All tensors share dtype and device; under autocast, all
+        are converted to float32, as torch does for group norms.
 
     Raises:
-        InputError: C not divisible by num_groups, wrong shapes, tensors on different devices.
-        InputTypeError: x not floating point, or weight or bias of another dtype.
+        InputError: C not divisible by num_groups, a negative eps, wrong shapes, tensors on different devices.
+        InputTypeError: x not floating point, or another tensor of another dtype.
         KernelError: a forced backend cannot serve.
     """
-    _check(x, num_groups, weight, bias)
-    result: Tensor = choose("group_norm_silu", x, backend)(x, num_groups, weight, bias, eps, silu)
-    return result
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias, shift, residual = _widened(x), *(_widened(t) for t in (weight, bias, shift, residual))
+    _check(x, num_groups, eps, weight=weight, bias=bias, shift=shift, residual=residual)
+    arguments = (x, num_groups, weight, bias, eps, silu, shift, residual)
+    features = {"C": x.shape[1], "spatial": math.prod(x.shape[2:]), "groups": num_groups}
+    name = choose("group_norm_silu", arguments, features, backend)
+    return reference.group_norm_silu(*arguments) if name == "reference" else op.group_norm_silu(*arguments, name)
 
 
-def _check(x_NC: Tensor, num_groups: int, weight_C: Tensor | None, bias_C: Tensor | None) -> None:
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def _widened(tensor: T) -> T:
+    return tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _check(x_NC: Tensor, num_groups: int, eps: float, **others: Tensor | None) -> None:
     if x_NC.dim() < 2:
         raise InputError(f"group_norm_silu: x has shape {tuple(x_NC.shape)}; it needs (N, C, *spatial)")
     channels = x_NC.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise InputError(f"group_norm_silu: {channels} channels cannot be split into {num_groups} groups of equal size")
+    if eps < 0:
+        raise InputError(f"group_norm_silu: eps is {eps}; it is added to a variance and must not be negative")
     if not x_NC.is_floating_point():
         raise InputTypeError(f"group_norm_silu: x is {x_NC.dtype}; it needs a floating-point dtype")
-    for name, parameter_C in (("weight", weight_C), ("bias", bias_C)):
-        if parameter_C is None:
+    shapes = {"shift": ("(N, C)", x_NC.shape[:2]), "residual": ("the shape of x", x_NC.shape)}
+    for name, tensor in others.items():
+        if tensor is None:
             continue
-        if parameter_C.shape != x_NC.shape[1:2]:
-            raise InputError(f"group_norm_silu: {name} has shape {tuple(parameter_C.shape)}; x has {channels} channels")
-        if parameter_C.device != x_NC.device:
-            raise InputError(f"group_norm_silu: {name} is on {parameter_C.device}, x on {x_NC.device}")
-        if parameter_C.dtype != x_NC.dtype and not torch.is_autocast_enabled(x_NC.device.type):
-            raise InputTypeError(f"group_norm_silu: {name} is {parameter_C.dtype}, x is {x_NC.dtype}; convert one of them")
+        words, shape = shapes.get(name, ("(C,)", x_NC.shape[1:2]))
+        if tensor.shape != shape:
+            raise InputError(
+                f"group_norm_silu: {name} has shape {tuple(tensor.shape)}; it needs {words}, here {tuple(shape)}, since x"
+                f" has shape {tuple(x_NC.shape)}"
+            )
+        if tensor.device != x_NC.device:
+            raise InputError(f"group_norm_silu: {name} is on {tensor.device}, x on {x_NC.device}")
+        if tensor.dtype != x_NC.dtype:
+            raise InputTypeError(f"group_norm_silu: {name} is {tensor.dtype}, x is {x_NC.dtype}; convert one of them")
 
 
-register("group_norm_silu", "reference", Implementation(call=reference.group_norm_silu))
+register("group_norm_silu", "cpu", compiled.implementation("group_norm_silu", "cpu"))
+register("group_norm_silu", "cuda", compiled.implementation("group_norm_silu", "cuda"))
+register("group_norm_silu", "triton", triton_support.implementation("group_norm_silu"))

@@ -6,15 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmkit.kernels.layout import memory_format_of
 
-def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool) -> Tensor:
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    shift: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
     """The op as torch spells it; arguments as in `ldmkit.kernels.group_norm_silu`, all given and already checked."""
+    memory_format = memory_format_of(x)
+    if shift is not None:
+        x = x + shift.view(*shift.shape, *(1,) * (x.dim() - 2))
+    if residual is not None:
+        x = x + residual
     if x.numel() == 0:  # torch gives NaN gradients to weight and bias where the spatial size is 0
         return _affine(x, weight, bias)
     # torch.group_norm rather than F.group_norm: the latter refuses a group of one value.
     y = torch.group_norm(x, num_groups, weight, bias, eps)
-    if not x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        y = y.contiguous(memory_format=torch.channels_last)  # CUDA's group_norm returns NCHW
+    y = y.contiguous(memory_format=memory_format)  # torch's kernels do not all keep it
     if not silu:
         return y
     return F.silu(y, inplace=not y.requires_grad)  # y is ours, and nobody needs it again unless backward does
