@@ -1,13 +1,11 @@
 // GEGLU for CUDA (Shazeer 2020, arXiv:2002.05202, eq. 6): one pass over memory, 16 bytes a thread and access where pointers and
-// strides are aligned, one element otherwise. Only CUDA's own headers, so that bare nvcc compiles it.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+// strides are aligned, one element otherwise.
+#include "geglu.h"
 
 #include <algorithm>
 #include <cstdint>
 
-#include "geglu.h"
+#include "common.cuh"
 
 namespace ldmkit {
 namespace {
@@ -18,44 +16,11 @@ constexpr int kThreads = 256;
 template <class T>
 constexpr int kPack = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
 
-// fp16 and bf16 compute in fp32 and round once; fp64 stays fp64.
-template <class T>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
-
-__device__ inline float widen(float value) { return value; }
-__device__ inline double widen(double value) { return value; }
-__device__ inline float widen(__half value) { return __half2float(value); }
-__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <class T>
-__device__ inline T narrow(typename Compute<T>::type value) {
-  return value;
-}
-template <>
-__device__ inline __half narrow<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
-}
-
 // Phi, the normal distribution function, by erfc: 1 + erf(x) would cancel in the lower tail.
 __device__ inline float cdf(float x) { return 0.5f * erfcf(x * -0.70710678118654752440f); }
 __device__ inline double cdf(double x) { return 0.5 * erfc(x * -0.70710678118654752440); }
 __device__ inline float density(float x) { return 0.398942280401432677939946f * expf(-0.5f * x * x); }
 __device__ inline double density(double x) { return 0.398942280401432677939946 * exp(-0.5 * x * x); }
-
-template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T at[V];
-};
 
 // Element V * i of the output, counted densely, is at (row, column). Index is 32-bit where it suffices: divisions are cheaper.
 template <class T, int V, class Index>
@@ -108,19 +73,16 @@ bool fits_32_bits(int64_t packs) { return packs + (int64_t(1) << 20) * kThreads 
 template <class T, int V, class Index>
 int launch_forward(const void* x, int64_t x_stride, void* y, int64_t rows, int64_t n, cudaStream_t stream) {
   const int64_t packs = rows * (n / V);
-  forward<T, V, Index><<<blocks_for(packs), kThreads, 0, stream>>>(static_cast<const T*>(x), x_stride, static_cast<T*>(y),
-                                                                   Index(packs), Index(n / V), n);
-  return cudaGetLastError();
+  return LAUNCH((forward<T, V, Index>), blocks_for(packs), kThreads, 0, stream, static_cast<const T*>(x), x_stride,
+                static_cast<T*>(y), Index(packs), Index(n / V), n);
 }
 
 template <class T, int V, class Index>
 int launch_backward(const void* grad, int64_t grad_stride, const void* x, int64_t x_stride, void* grad_x, int64_t rows, int64_t n,
                     cudaStream_t stream) {
   const int64_t packs = rows * (n / V);
-  backward<T, V, Index><<<blocks_for(packs), kThreads, 0, stream>>>(static_cast<const T*>(grad), grad_stride,
-                                                                    static_cast<const T*>(x), x_stride, static_cast<T*>(grad_x),
-                                                                    Index(packs), Index(n / V), n);
-  return cudaGetLastError();
+  return LAUNCH((backward<T, V, Index>), blocks_for(packs), kThreads, 0, stream, static_cast<const T*>(grad), grad_stride,
+                static_cast<const T*>(x), x_stride, static_cast<T*>(grad_x), Index(packs), Index(n / V), n);
 }
 
 template <class T>
