@@ -42,9 +42,11 @@ if TYPE_CHECKING:
     from ldmkit.interfaces import Posterior as Posterior
     from ldmkit.interfaces import Sampler as Sampler
     from ldmkit.interfaces import SamplerState as SamplerState
+    from ldmkit.interfaces import Transition as Transition
     from ldmkit.noise import GeneratorNoise as GeneratorNoise
     from ldmkit.noise import KeyedNoise as KeyedNoise
     from ldmkit.noise import NoiseSource as NoiseSource
+    from ldmkit.noise import StepNoise as StepNoise
     from ldmkit.noise import keyed_normal as keyed_normal
     from ldmkit.pipeline import Pipeline as Pipeline
     from ldmkit.plugin.registry import available as available
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from ldmkit.plugin.registry import part_class as part_class
     from ldmkit.plugin.registry import registry as registry
     from ldmkit.plugin.spec import Component as Component
+    from ldmkit.plugin.spec import Kernel as Kernel
     from ldmkit.plugin.spec import hookimpl as hookimpl
     from ldmkit.prediction import Model as Model
     from ldmkit.prediction import Prediction as Prediction
@@ -64,11 +67,11 @@ _HOMES = {
     "LdmkitError MissingDependencyError NumericalError OutputError PartClashError PluginError UnknownPartError",
     "ldmkit.guidance": "classifier_free unguided",
     "ldmkit.interfaces": "Autoencoder Condition Conditioner Denoise Denoiser Level Levels Noise Part Posterior Sampler "
-    "SamplerState",
-    "ldmkit.noise": "GeneratorNoise KeyedNoise NoiseSource keyed_normal",
+    "SamplerState Transition",
+    "ldmkit.noise": "GeneratorNoise KeyedNoise NoiseSource StepNoise keyed_normal",
     "ldmkit.pipeline": "Pipeline",
     "ldmkit.plugin.registry": "available build part_class registry",
-    "ldmkit.plugin.spec": "Component hookimpl",
+    "ldmkit.plugin.spec": "Component Kernel hookimpl",
     "ldmkit.prediction": "Model Prediction",
     "ldmkit.schedule": "NoiseSchedule",
 }

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -345,14 +345,19 @@ class Levels(Sequence[Level]):
 
     `initial_scale` is what pure noise is multiplied by to start at the first level. It is the level's own scale unless the
     method's origin has another (Euler with trailing spacing starts at sigma * noise, leaving out the data's own variance).
+    `at` gives the level of any ratio sigma / alpha, for methods that evaluate the model between the levels of a run; without
+    it, `between` raises.
 
     Raises:
         ConfigError: with fewer than two levels, or when the noise rises from one to the next. It may stay: Stable Diffusion's
             DDIM takes its last step in place when the last time is 0.
     """
 
-    def __init__(self, levels: Sequence[Level], *, initial_scale: float | None = None) -> None:
+    def __init__(
+        self, levels: Sequence[Level], *, initial_scale: float | None = None, at: Callable[[float], Level] | None = None
+    ) -> None:
         self._levels = tuple(levels)
+        self._at = at
         if len(self._levels) < 2:
             raise ConfigError(f"a sampler needs at least 2 noise levels (1 step), got {len(self._levels)}")
         ratios = [level.ratio for level in self._levels]
@@ -370,7 +375,13 @@ class Levels(Sequence[Level]):
         if isinstance(index, int):
             return self._levels[index]
         part = self._levels[index]
-        return Levels(part, initial_scale=self.initial_scale if part[:1] == self._levels[:1] else None)
+        return Levels(part, initial_scale=self.initial_scale if part[:1] == self._levels[:1] else None, at=self._at)
+
+    def between(self, ratio: float) -> Level:
+        """The level whose sigma / alpha is `ratio`, told at the time that the schedule has for it. Raises: InputError."""
+        if self._at is None:
+            raise InputError(f"these levels say nothing of sigma / alpha = {ratio:g} between them; give them `at=`")
+        return self._at(ratio)
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -396,8 +407,58 @@ class Levels(Sequence[Level]):
 Denoise = Callable[[Tensor, Level], Tensor]
 """D(x, level) -> x0: the model as samplers see it, condition and guidance inside. x is (B, C, H, W) at that level."""
 
-Noise = Callable[[], Tensor]
-"""Standard normal noise of the latents' shape; each call is a new draw, keyed to the current step."""
+
+class Noise(Protocol):
+    """Standard normal noise of the latents' shape."""
+
+    def __call__(self) -> Tensor:
+        """A new draw, keyed to the current step."""
+
+    def between(self, high: float, low: float) -> Tensor:
+        """The increment of one Brownian motion over [low, high] in sigma / alpha, divided by sqrt(high - low), so that it is
+        standard normal: the same motion at every step, so that runs with more or fewer steps see the same noise.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Transition:
+    """The law of one step: x' ~ N(mean, std^2).
+
+    Attributes:
+        mean: (B, C, H, W).
+        std: a number, or one for each element; 0 is a deterministic step.
+        denoised: the estimate of x0 the step is taken by.
+        history: what a multistep method carries on.
+        draws: whether the step takes noise, even where std is 0; None is where std is not the number 0.
+        interval: the ratios (high, low) over which a method of a stochastic differential equation takes the motion's increment;
+            None takes a new draw.
+    """
+
+    mean: Tensor
+    std: float | Tensor
+    denoised: Tensor
+    history: tuple[Any, ...] = ()
+    draws: bool | None = None
+    interval: tuple[float, float] | None = None
+
+    def sample(self, noise: Noise) -> Tensor:
+        """The next x, (B, C, H, W)."""
+        draws = not (isinstance(self.std, float | int) and self.std == 0) if self.draws is None else self.draws
+        if not draws:
+            return self.mean
+        return self.mean + self.std * (noise() if self.interval is None else noise.between(*self.interval))
+
+    def log_prob_B(self, x_BCHW: Tensor) -> Tensor:
+        """log density of the next x, summed over the elements of each image, (B,) nats.
+
+        Raises:
+            InputError: where the step is deterministic.
+        """
+        std = torch.as_tensor(self.std, dtype=self.mean.dtype, device=self.mean.device)
+        if not bool((std > 0).all()):
+            raise InputError("this step is deterministic (std = 0), so the next x has no density")
+        z = (x_BCHW - self.mean) / std
+        return (-0.5 * (z * z + math.log(2 * math.pi)) - torch.log(std)).flatten(1).sum(dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,5 +534,10 @@ class Sampler(Part):
         return SamplerState(x=x, levels=levels)
 
     @abstractmethod
+    def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
+        """The law of the next x given this one, from `state.level` to `state.next_level`. Differentiable where `denoise` is."""
+
     def step(self, denoise: Denoise, state: SamplerState, noise: Noise) -> SamplerState:
-        """One step, from `state.level` to `state.next_level`."""
+        """One step: a draw from the transition."""
+        law = self.transition(denoise, state)
+        return state.advance(law.sample(noise), denoised=law.denoised, history=law.history)

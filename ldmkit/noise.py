@@ -6,6 +6,7 @@ it is in, the device, or the number of processes. `GeneratorNoise` follows torch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmkit import brownian
 from ldmkit.errors import InputError, InputTypeError
 
 
@@ -21,6 +23,25 @@ class NoiseSource(Protocol):
 
     def __call__(self, shape_BCHW: Sequence[int], *, step: int, draw: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Noise for draw number `draw` (0, 1, ...) of step `step` (-1 before the first)."""
+
+    def brownian(self, shape_BCHW: Sequence[int], high: float, low: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The increment of each image's Brownian motion over [low, high], divided by sqrt(high - low)."""
+
+
+class StepNoise:
+    """The noise of one step, as samplers take it: each call is the next draw."""
+
+    def __init__(self, source: NoiseSource, step: int, like: Tensor) -> None:
+        self._source, self._step, self._like = source, step, like
+        self._draws = itertools.count()
+
+    def __call__(self) -> Tensor:
+        """A new draw."""
+        return self._source(self._like.shape, step=self._step, draw=next(self._draws), dtype=self._like.dtype)
+
+    def between(self, high: float, low: float) -> Tensor:
+        """The motion's increment over [low, high], divided by sqrt(high - low)."""
+        return self._source.brownian(self._like.shape, high, low, dtype=self._like.dtype)
 
 
 def keyed_normal(seed: int, image: int, step: int, draw: int, shape: Sequence[int]) -> np.ndarray:
@@ -54,6 +75,10 @@ def _word(name: str, value: int, low: int = 0) -> int:
     return value
 
 
+_BROWNIAN = 2**62
+"""Step numbers from about here on are octaves of the Brownian motion's axis."""
+
+
 class KeyedNoise:
     """Noise keyed by (seed, image, step, draw).
 
@@ -80,6 +105,18 @@ class KeyedNoise:
         normals = [keyed_normal(s, k, step, draw, shape_BCHW[1:]) for s, k in zip(self.seeds, self.images, strict=True)]
         return torch.from_numpy(np.stack(normals)).to(dtype).to(self.device)
 
+    def brownian(self, shape_BCHW: Sequence[int], high: float, low: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, C, H, W), a function of seed, image and interval alone."""
+
+        def increment(seed: int, image: int) -> np.ndarray:
+            def normal(octave: int, node: int) -> np.ndarray:
+                return keyed_normal(seed, image, _BROWNIAN + octave, node, shape_BCHW[1:])
+
+            return brownian.increment(normal, high, low)
+
+        increments = [increment(seed, image) for seed, image in zip(self.seeds, self.images, strict=True)]
+        return torch.from_numpy(np.stack(increments)).to(dtype).to(self.device)
+
 
 class GeneratorNoise:
     """Noise drawn from one torch.Generator, or from one per image, in the order of the calls (as diffusers' randn_tensor)."""
@@ -99,6 +136,7 @@ class GeneratorNoise:
         self.generator = generator if isinstance(generator, torch.Generator) else list(generator)
         self.device = device
         self.draw_dtype = draw_dtype
+        self._motion: KeyedNoise | None = None
 
     def __call__(self, shape_BCHW: Sequence[int], *, step: int, draw: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, C, H, W), drawn in `draw_dtype` on the generator's own device."""
@@ -109,6 +147,14 @@ class GeneratorNoise:
                 raise InputError(f"{len(self.generator)} generators for a batch of {shape_BCHW[0]}; give one, or one per image")
             noise = torch.cat([self._draw((1, *shape_BCHW[1:]), g) for g in self.generator])
         return noise.to(device=self.device, dtype=dtype)
+
+    def brownian(self, shape_BCHW: Sequence[int], high: float, low: float, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, C, H, W). The motions are keyed by seeds that the first call draws from the generator(s)."""
+        if self._motion is None:
+            given = [self.generator] * shape_BCHW[0] if isinstance(self.generator, torch.Generator) else self.generator
+            seeds = [int(torch.randint(2**63 - 1, (), generator=g, device=g.device)) for g in given]
+            self._motion = KeyedNoise(seeds, range(shape_BCHW[0]), device=self.device)
+        return self._motion.brownian(shape_BCHW, high, low, dtype=dtype)
 
     def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, device=generator.device, dtype=self.draw_dtype)

@@ -22,7 +22,7 @@ from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalErro
 from ldmkit.guidance import classifier_free, unguided
 from ldmkit.images import OutputType, from_pixels
 from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Denoiser, Part, Sampler, SamplerState
-from ldmkit.noise import NoiseSource
+from ldmkit.noise import NoiseSource, StepNoise
 from ldmkit.plugin.registry import build
 from ldmkit.prediction import Model, Prediction
 from ldmkit.schedule import NoiseSchedule
@@ -331,12 +331,7 @@ class Pipeline:
         with tqdm(**options) as bar:
             while not state.done:
                 step, level = state.step, state.level
-                draws = iter(range(2**62))
-
-                def draw(step: int = step, draws: Any = draws, like: Tensor = state.x) -> Tensor:
-                    return noise(like.shape, step=step, draw=next(draws), dtype=like.dtype)
-
-                state = sampler.step(denoise, state, draw)
+                state = sampler.step(denoise, state, StepNoise(noise, step, state.x))
                 state = task.blend(state)
                 healthy.append(torch.isfinite(state.x).all())
                 if state.done or state.x.device.type == "cpu":  # elsewhere, looking at a number would wait for the device

@@ -104,6 +104,10 @@ class NoiseSchedule:
         log_sigmas = np.log(self.sigmas[np.isfinite(self.sigmas)])
         return float(np.interp(math.log(ratio), log_sigmas, np.arange(len(log_sigmas))))
 
+    def at(self, ratio: float) -> Level:
+        """The (variance-preserving) level with sigma / alpha = ratio, told at its time."""
+        return vp_level(ratio, self.time_of(ratio))
+
     def timesteps(self, n: int, *, spacing: Spacing | None = None, integers: bool = True) -> list[float]:
         """The n times a run visits, falling.
 

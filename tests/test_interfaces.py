@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldmkit import Condition, Config, Denoiser, Level, Levels, NoiseSchedule, Sampler, SamplerState
+from ldmkit import Condition, Config, Denoiser, Level, Levels, NoiseSchedule, Sampler, Transition
 from ldmkit.errors import ConfigError, InputError
 from ldmkit.schedule import CLEAN, vp_level
 
@@ -82,8 +82,8 @@ class Halving(Sampler):
     def levels(self, schedule: NoiseSchedule, num_inference_steps: int) -> Levels:
         return Levels(fall(num_inference_steps))
 
-    def step(self, denoise, state, noise) -> SamplerState:
-        return state.advance(state.x / 2, denoised=denoise(state.x, state.level), history=(state.step,))
+    def transition(self, denoise, state) -> Transition:
+        return Transition(state.x / 2, 0.0, denoise(state.x, state.level), history=(state.step,))
 
 
 def test_a_state_walks_the_levels() -> None:

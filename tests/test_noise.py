@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from ldmkit import GeneratorNoise, KeyedNoise, keyed_normal
+from ldmkit import GeneratorNoise, KeyedNoise, StepNoise, keyed_normal
 from ldmkit.errors import InputError, InputTypeError
 
 words = st.one_of(st.integers(0, 10), st.integers(0, 2**64 - 1))
@@ -155,3 +156,71 @@ def test_other_bad_arguments() -> None:
         GeneratorNoise([torch.Generator(), 3], draw_dtype=torch.float32)
     with pytest.raises(InputError, match="2 generators for a batch of 3"):
         GeneratorNoise([torch.Generator(), torch.Generator()], draw_dtype=torch.float32)((3, *SHAPE), step=0, draw=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- Brownian motion
+
+ratio_points = st.floats(0, 200.0)
+
+
+@given(st.lists(ratio_points, min_size=3, max_size=3, unique=True), st.integers(0, 2**63))
+def test_increments_of_neighbouring_intervals_add_up(points: list[float], seed: int) -> None:
+    low, middle, high = sorted(points)
+    assume(min(high - middle, middle - low) > 1e-4 * high)
+    source = KeyedNoise(seed, [3, 4])
+    shape = (2, 1, 2, 2)
+
+    def rise(b: float, a: float) -> Tensor:
+        return source.brownian(shape, b, a, dtype=torch.float64) * math.sqrt(b - a)
+
+    parts, whole = rise(high, middle) + rise(middle, low), rise(high, low)
+    largest = max(1.0, float(whole.abs().max()), math.sqrt(high))
+    assert float((parts - whole).abs().max()) <= 200 * 2.0**-52 * largest  # one rounding for each of up to 40 octaves and back
+
+
+@pytest.mark.parametrize("interval", [(14.6, 0.03), (1.0, 0.999), (3.0, 2.0), (1e-3, 0.0), (0.30001, 0.3), (900.0, 511.5)])
+def test_increments_are_standard_normal(interval: tuple[float, float]) -> None:
+    """20,000 numbers: mean and variance within five standard errors."""
+    x = KeyedNoise(5, [0]).brownian((1, 20000), *interval, dtype=torch.float64)
+    assert abs(float(x.mean())) < 5 / math.sqrt(x.numel())
+    assert abs(float(x.var()) - 1) < 5 * math.sqrt(2 / x.numel())
+
+
+def test_increments_of_disjoint_intervals_are_independent() -> None:
+    source = KeyedNoise(5, [0])
+    cuts = [0.0, 0.1, 0.15, 0.5, 0.9, 1.4, 7.0, 14.6]
+    rows = torch.stack([source.brownian((1, 20000), b, a, dtype=torch.float64)[0] for a, b in itertools.pairwise(cuts)])
+    correlations = torch.corrcoef(rows) - torch.eye(len(rows), dtype=torch.float64)
+    assert float(correlations.abs().max()) < 5 / math.sqrt(20000)
+
+
+def test_a_generator_gives_one_motion_for_its_whole_run() -> None:
+    def motion() -> GeneratorNoise:
+        return GeneratorNoise(torch.Generator().manual_seed(1), draw_dtype=torch.float32)
+
+    one, other = motion(), motion()
+    assert torch.equal(one.brownian((2, 3), 2.0, 1.0), other.brownian((2, 3), 2.0, 1.0))
+    assert torch.equal(one.brownian((2, 3), 2.0, 1.0), other.brownian((2, 3), 2.0, 1.0))
+    assert not torch.equal(*one.brownian((2, 3), 2.0, 1.0))
+    lists = GeneratorNoise([torch.Generator().manual_seed(k) for k in (1, 1)], draw_dtype=torch.float32)
+    assert lists.brownian((2, 3), 2.0, 1.0).shape == (2, 3)
+
+
+@pytest.mark.parametrize("interval", [(1.0, 1.0), (1.0, 2.0), (1.0, -1.0), (math.inf, 1.0), (math.nan, 0.0)])
+def test_intervals_that_are_none(interval: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="needs 0 <= low < high"):
+        KeyedNoise(1, [0]).brownian((1, 2), *interval)
+
+
+def test_an_interval_too_narrow_to_resolve() -> None:
+    with pytest.raises(InputError, match="too narrow"):
+        KeyedNoise(1, [0]).brownian((1, 2), math.nextafter(0.3, 1), 0.3)
+
+
+def test_a_step_takes_its_draws_in_order() -> None:
+    source, like = KeyedNoise(1, [0, 1]), torch.zeros(2, 3, dtype=torch.float64)
+    noise = StepNoise(source, 4, like)
+    first, second = noise(), noise()
+    assert torch.equal(first, source((2, 3), step=4, draw=0, dtype=torch.float64))
+    assert torch.equal(second, source((2, 3), step=4, draw=1, dtype=torch.float64))
+    assert torch.equal(noise.between(2.0, 1.0), source.brownian((2, 3), 2.0, 1.0, dtype=torch.float64))

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from ldmkit.config import Config
 from ldmkit.errors import InputError
-from ldmkit.interfaces import Denoise, Level, Levels, Noise, Sampler, SamplerState
-from ldmkit.schedule import NoiseSchedule, Spacing, vp_level
+from ldmkit.interfaces import Denoise, Level, Levels, Sampler, SamplerState, Transition
+from ldmkit.schedule import NoiseSchedule, Spacing
 
 
 class SamplerConfig(Config):
@@ -94,22 +92,19 @@ class GaussianSampler(Sampler):
         _falling("sigmas", sigmas)
         if sigmas[-1] < 0:
             raise InputError(f"sigmas[{len(sigmas) - 1}] = {sigmas[-1]:g}: must not be negative")
-        levels = [vp_level(float(ratio), schedule.time_of(float(ratio))) for ratio in sigmas]
-        return Levels(levels, initial_scale=self.initial_scale(schedule, levels[0]))
+        levels = [schedule.at(float(ratio)) for ratio in sigmas]
+        return Levels(levels, initial_scale=self.initial_scale(schedule, levels[0]), at=schedule.at)
 
     def _ending(self, schedule: NoiseSchedule, levels: list[Level]) -> Levels:
-        return Levels([*levels, self.last_level(schedule)], initial_scale=self.initial_scale(schedule, levels[0]))
+        return Levels(
+            [*levels, self.last_level(schedule)], initial_scale=self.initial_scale(schedule, levels[0]), at=schedule.at
+        )
 
-    def transition(self, state: SamplerState, denoised: Tensor) -> tuple[Tensor, float]:
-        """Mean, (B, C, H, W), and standard deviation of the next x, given the estimate of x0."""
-        law = self.coefficients(state.level, state.next_level)
-        return law.on_x * state.x + law.on_x0 * denoised, law.std
-
-    def step(self, denoise: Denoise, state: SamplerState, noise: Noise) -> SamplerState:
-        """One step, from `state.level` to `state.next_level`; at most one call of `noise`, after the model's."""
-        denoised = denoise(state.x, state.level)
-        mean, std = self.transition(state, denoised)
-        return state.advance(mean + std * noise() if self.draws(state.level) else mean, denoised=denoised)
+    def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
+        """The Gaussian that `coefficients` say, by one evaluation of the model."""
+        denoised, law = denoise(state.x, state.level), self.coefficients(state.level, state.next_level)
+        mean = law.on_x * state.x + law.on_x0 * denoised
+        return Transition(mean, law.std, denoised, draws=self.draws(state.level))
 
 
 def ratio_kept(level: Level, to: Level) -> float:

@@ -40,7 +40,8 @@ def pairs(draw: st.DrawFn) -> tuple[Level, Level]:
 
 
 def transition(sampler: Sampler, pair: tuple[Level, Level], x: Tensor, x0: Tensor) -> tuple[Tensor, float]:
-    return sampler.transition(SamplerState(x=x, levels=Levels(pair)), x0)
+    law = sampler.transition(lambda x, level: x0, SamplerState(x=x, levels=Levels(pair)))
+    return law.mean, law.std
 
 
 def normal(seed: int, shape: tuple[int, ...] = (2, 3, 4, 4)) -> Tensor:

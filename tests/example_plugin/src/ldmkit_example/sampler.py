@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ldmkit import Config, Denoise, Level, Levels, Noise, NoiseSchedule, Sampler, SamplerState
+from ldmkit import Config, Denoise, Level, Levels, NoiseSchedule, Sampler, SamplerState, Transition
 
 
 class Renoise(Sampler):
@@ -24,9 +24,7 @@ class Renoise(Sampler):
         times = schedule.timesteps(num_inference_steps, spacing="trailing")
         return Levels([*(schedule.level(t) for t in times), Level(1.0, 0.0, 0.0)])
 
-    def step(self, denoise: Denoise, state: SamplerState, noise: Noise) -> SamplerState:
+    def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
         """x' = alpha' D(x) + sigma' freshness noise."""
         x0, to = denoise(state.x, state.level), state.next_level
-        amount = to.sigma * self.config.freshness
-        x = to.alpha * x0 + amount * noise() if amount else to.alpha * x0
-        return state.advance(x, denoised=x0)
+        return Transition(to.alpha * x0, to.sigma * self.config.freshness, x0)
