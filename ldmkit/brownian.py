@@ -68,7 +68,7 @@ def _from_octave_start(normal: Normal, octave: int, x: float) -> np.ndarray:
         else:
             left, at_left, node = middle, at_middle, 2 * node + 1
     if where == left:
-        return at_left + np.zeros_like(at_right)
+        return np.broadcast_to(at_left, at_right.shape)
     if where == right:
         return at_right
     share = (where - left) / (right - left)
