@@ -21,7 +21,12 @@ FOLDER = ROOT / "benchmarks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common"))
 KEYS = {"benchmark", "claim", "date", "quick", "timing", "environment", "cases", "summary"}
 RECORD = {"cpu", "cores", "threads", "instructions", "load", "os", "python", "versions", "commit"}
-OF_ITS_OWN = {"geglu": {"automatic", "choice"}, "pipeline": {"overhead", "latents_differ_by"}, "startup": {"own_seconds"}}
+OF_ITS_OWN = {
+    "geglu": {"automatic", "choice"},
+    "pipeline": {"overhead", "latents_differ_by"},
+    "startup": {"own_seconds"},
+    "unet_step": {"outputs_differ_by", "kernels", "peak_mib"},
+}
 
 seconds = st.floats(1e-6, 1e3)
 
