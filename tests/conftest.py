@@ -1,4 +1,4 @@
-"""Shared by all tests: Hypothesis profiles, threads, and the folder of shared data.
+"""Shared by all tests: Hypothesis profiles, threads, Triton's interpreter, and the folder of shared data.
 
 HYPOTHESIS_PROFILE picks how many examples a property gets: dev (default, few), ci, thorough.
 """
@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # kernels in Triton then run in its interpreter, on the CPU; it reads this when imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,8 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +38,35 @@ def implementation(op: str) -> Implementation:
         missing=lacks(),
         refusal=_late(op, "refusal"),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticCase:
+    """A kernel as some call launches it, for the checks that compile it without a GPU. A module's `static_cases()` lists them.
+
+    Attributes:
+        kernel: what triton.jit made.
+        label: which call it stands for: dtype, and what else tells it from the others.
+        signature: Triton's type of every argument that is no constant: "*bf16", "i32", "fp32".
+        constants: of all tl.constexpr arguments.
+        aligned: arguments that are multiples of 16: pointers, in bytes; whole numbers.
+        options: num_warps, num_stages.
+        dot: it multiplies matrices, so tensor-core instructions are expected.
+        dispatched: False where no call of ours launches it, so that spills are only reported.
+    """
+
+    kernel: Any
+    label: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    aligned: Sequence[str]
+    options: Mapping[str, int] = field(default_factory=dict)
+    dot: bool = False
+    dispatched: bool = True
+
+
+TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+"""As a StaticCase's signature names them."""
 
 
 def _late(op: str, name: str) -> Callable[..., Any]:
