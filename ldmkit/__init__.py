@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ldmkit.checkpoints.parts import save_part as save_part
     from ldmkit.config import AssetPath as AssetPath
     from ldmkit.config import Config as Config
+    from ldmkit.continuous import EDMSchedule as EDMSchedule
+    from ldmkit.continuous import FlowSchedule as FlowSchedule
     from ldmkit.errors import ArchitectureMismatchError as ArchitectureMismatchError
     from ldmkit.errors import CheckpointError as CheckpointError
     from ldmkit.errors import ConfigError as ConfigError
@@ -59,10 +61,13 @@ if TYPE_CHECKING:
     from ldmkit.prediction import Model as Model
     from ldmkit.prediction import Prediction as Prediction
     from ldmkit.schedule import NoiseSchedule as NoiseSchedule
+    from ldmkit.schedule import Schedule as Schedule
+    from ldmkit.spacing import spaced_ratios as spaced_ratios
 
 _HOMES = {
     "ldmkit.checkpoints.parts": "load_part save_part",
     "ldmkit.config": "AssetPath Config",
+    "ldmkit.continuous": "EDMSchedule FlowSchedule",
     "ldmkit.errors": "ArchitectureMismatchError CheckpointError ConfigError DataError InputError InputTypeError KernelError "
     "LdmkitError MissingDependencyError NumericalError OutputError PartClashError PluginError UnknownPartError",
     "ldmkit.guidance": "classifier_free unguided",
@@ -73,7 +78,8 @@ _HOMES = {
     "ldmkit.plugin.registry": "available build part_class registry",
     "ldmkit.plugin.spec": "Component Kernel hookimpl",
     "ldmkit.prediction": "Model Prediction",
-    "ldmkit.schedule": "NoiseSchedule",
+    "ldmkit.schedule": "NoiseSchedule Schedule",
+    "ldmkit.spacing": "spaced_ratios",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.interfaces import Condition, Conditioner, Levels, Sampler
 from ldmkit.noise import GeneratorNoise, KeyedNoise, NoiseSource
-from ldmkit.schedule import NoiseSchedule
+from ldmkit.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +142,7 @@ def with_eta(sampler: Sampler, eta: float | None) -> Sampler:
 
 def levels(
     sampler: Sampler,
-    schedule: NoiseSchedule,
+    schedule: Schedule,
     steps: int | None,
     timesteps: Sequence[float] | None,
     sigmas: Sequence[float] | None,

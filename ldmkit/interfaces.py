@@ -23,7 +23,7 @@ import ldmkit.config
 from ldmkit.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from ldmkit.schedule import NoiseSchedule
+    from ldmkit.schedule import Schedule
 
 
 class Part(ABC):
@@ -506,18 +506,18 @@ class Sampler(Part):
         self.config = config
 
     @abstractmethod
-    def levels(self, schedule: NoiseSchedule, num_inference_steps: int) -> Levels:
-        """The run's noise levels from the model's `NoiseSchedule`.
+    def levels(self, schedule: Schedule, num_inference_steps: int) -> Levels:
+        """The run's noise levels from the model's `Schedule`.
 
         Raises:
             InputError: steps below 1 or above what the schedule has.
         """
 
-    def levels_from_timesteps(self, schedule: NoiseSchedule, timesteps: Sequence[float]) -> Levels:
+    def levels_from_timesteps(self, schedule: Schedule, timesteps: Sequence[float]) -> Levels:
         """Levels at the user's own timesteps, falling; the last level is the method's own."""
         raise InputError(f"{type(self).__name__} does not take timesteps=; give num_inference_steps")
 
-    def levels_from_sigmas(self, schedule: NoiseSchedule, sigmas: Sequence[float]) -> Levels:
+    def levels_from_sigmas(self, schedule: Schedule, sigmas: Sequence[float]) -> Levels:
         """Levels at the user's own sigma / alpha ratios, falling; the last one is included as given."""
         raise InputError(f"{type(self).__name__} does not take sigmas=; give num_inference_steps")
 

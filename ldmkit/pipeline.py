@@ -18,6 +18,7 @@ from ldmkit import arguments
 from ldmkit.checkpoints.parts import DType
 from ldmkit.checkpoints.pipelines import read_pipeline, write_pipeline
 from ldmkit.config import Config
+from ldmkit.continuous import make_schedule
 from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalError
 from ldmkit.guidance import classifier_free, unguided
 from ldmkit.images import OutputType, from_pixels
@@ -25,7 +26,7 @@ from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Deno
 from ldmkit.noise import NoiseSource, StepNoise
 from ldmkit.plugin.registry import build
 from ldmkit.prediction import Model, Prediction
-from ldmkit.schedule import NoiseSchedule
+from ldmkit.schedule import Schedule
 from ldmkit.tasks import Run, Task, like_weights, prepare_task
 
 C = TypeVar("C", bound=Config)
@@ -73,8 +74,9 @@ class Pipeline:
     Args:
         autoencoder, denoiser, conditioner, sampler: each an instance, a registered name, or {"name": ..., **config}. The
             conditioner may be None (unconditional). `pipe.sampler = "euler"` swaps by name.
-        schedule: the denoiser's training schedule (`NoiseSchedule`, its config, or plain values).
-        prediction: what the denoiser predicts: "epsilon", "v_prediction", "sample", or a `Prediction` or its config.
+        schedule: the denoiser's training schedule: a `NoiseSchedule`, `FlowSchedule` or `EDMSchedule`, its config, or plain
+            values (with "kind": "flow" or "edm" for these).
+        prediction: what the denoiser predicts: "epsilon", "v_prediction", "sample", "flow", or a `Prediction` or its config.
         defaults: values for arguments that calls leave out.
 
     Raises:
@@ -90,7 +92,7 @@ class Pipeline:
         denoiser: PartLike,
         conditioner: PartLike = None,
         sampler: PartLike = "ddim",
-        schedule: NoiseSchedule | NoiseSchedule.Config | Mapping[str, Any] | None = None,
+        schedule: Schedule | Config | Mapping[str, Any] | None = None,
         prediction: Prediction | Prediction.Config | Mapping[str, Any] | str = "epsilon",
         defaults: Defaults | Mapping[str, Any] | None = None,
     ) -> None:
@@ -98,9 +100,7 @@ class Pipeline:
         self.denoiser: Denoiser = _part("denoiser", denoiser, Denoiser)
         self.conditioner: Conditioner | None = None if conditioner is None else _part("conditioner", conditioner, Conditioner)
         self.sampler = sampler
-        self.schedule = (
-            schedule if isinstance(schedule, NoiseSchedule) else NoiseSchedule(_config(NoiseSchedule.Config, schedule))
-        )
+        self.schedule = make_schedule(schedule)
         if isinstance(prediction, str):
             prediction = {"type": prediction}
         self.prediction = (

@@ -5,11 +5,14 @@ x / scale and its output is read as
     epsilon       the noise                           x0 = (x / scale - s eps) / a      (Ho et al. 2020, eq. 15)
     v_prediction  v = a noise - s x0                  x0 = a x / scale - s v            (Salimans and Ho 2022, app. D)
     sample        x0 itself
-These hold for variance-preserving, -exploding and flow-like levels alike.
+These hold for variance-preserving, -exploding and flow-like levels alike. Two more have inputs of their own:
+    flow          noise - x0, from x / (alpha + sigma)                                  (Liu et al. 2023, eq. 1)
+    edm           F of D = c_skip x + c_out F(c_in x), x = x0 + ratio noise             (Karras et al. 2022, eq. 7, table 1)
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -26,18 +29,24 @@ class Prediction:
 
     class Config(ldmkit.config.Config):
         """Attributes:
-        type: "epsilon", "v_prediction" or "sample".
+        type: "epsilon", "v_prediction", "sample", "flow" or "edm".
         x0_above_sigma: with "epsilon" only: above this sigma / alpha the output is read as x0 itself, where dividing by a
             small alpha would blow up the network's error; a network trained so works down to zero signal.
+        sigma_data: with "edm" only: the data's standard deviation.
         """
 
-        type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+        type: Literal["epsilon", "v_prediction", "sample", "flow", "edm"] = "epsilon"
         x0_above_sigma: float | None = Field(None, gt=0)
+        sigma_data: float | None = Field(None, gt=0)
 
         @model_validator(mode="after")
         def _fits(self) -> Prediction.Config:
             if self.x0_above_sigma is not None and self.type != "epsilon":
                 raise ValueError(f"x0_above_sigma = {self.x0_above_sigma:g} goes with type 'epsilon', not {self.type!r}")
+            if (self.sigma_data is not None) != (self.type == "edm"):
+                raise ValueError(
+                    f"sigma_data = {self.sigma_data} and type {self.type!r}: 'edm' needs it, and only 'edm' (usual: 0.5)"
+                )
             return self
 
     def __init__(self, config: Prediction.Config | None = None) -> None:
@@ -56,21 +65,36 @@ class Prediction:
                 "use a v_prediction or sample model, x0_above_sigma, or a schedule without rescale_betas_zero_snr"
             )
 
+    def input_scale(self, level: Level) -> float:
+        """What x is divided by for the network."""
+        if self.config.type == "flow":
+            return level.alpha + level.sigma
+        return math.hypot(level.sigma, level.alpha * self.config.sigma_data) if self.config.sigma_data else level.scale
+
     def to_x0(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
         """Raw output at x => x0."""
-        a, s, kind = level.alpha / level.scale, level.sigma / level.scale, self.kind_at(level)
+        on_x, on_output = self._coefficients(level)
+        return output if (on_x, on_output) == (0.0, 1.0) else on_x * x + on_output * output
+
+    def _coefficients(self, level: Level) -> tuple[float, float]:
+        """x0 = on_x x + on_output output."""
+        kind, scale = self.kind_at(level), self.input_scale(level)
+        a, s = level.alpha / scale, level.sigma / scale
         if kind == "sample":
-            return output
-        x = x / level.scale
-        return (x - s * output) / a if kind == "epsilon" else a * x - s * output
+            return 0.0, 1.0
+        if kind == "epsilon":
+            return 1 / level.alpha, -level.sigma / level.alpha
+        if kind == "v_prediction":
+            return a / scale, -s
+        if kind == "flow":
+            return 1 / scale, -s
+        sigma_data = self.config.sigma_data or 1.0
+        return sigma_data**2 * a / scale, sigma_data * s
 
     def from_x0(self, x0: Tensor, x: Tensor, level: Level) -> Tensor:
         """x0 at x => the raw output that means it (the inverse of `to_x0`; the level has sigma > 0)."""
-        a, s, kind = level.alpha / level.scale, level.sigma / level.scale, self.kind_at(level)
-        if kind == "sample":
-            return x0
-        x = x / level.scale
-        return (x - a * x0) / s if kind == "epsilon" else (a * x - x0) / s
+        on_x, on_output = self._coefficients(level)
+        return x0 if (on_x, on_output) == (0.0, 1.0) else (x0 - on_x * x) / on_output
 
     def target(self, x0: Tensor, noise: Tensor, alpha_B: Tensor, sigma_B: Tensor) -> Tensor:
         """The training target at x = alpha x0 + sigma noise, (B, C, H, W), with one level per image, (B,)."""
@@ -79,6 +103,12 @@ class Prediction:
         a, s = (alpha_B / scale_B).view(shape), (sigma_B / scale_B).view(shape)
         if self.config.type == "sample":
             return x0
+        if self.config.type == "flow":
+            return noise - x0
+        if self.config.sigma_data is not None:  # (x0 - c_skip x) / c_out
+            width_B = torch.sqrt(sigma_B**2 + (alpha_B * self.config.sigma_data) ** 2)
+            on_x0, on_noise = (sigma_B / width_B / self.config.sigma_data), alpha_B * self.config.sigma_data / width_B
+            return (on_x0.view(shape) * x0 - on_noise.view(shape) * noise).to(x0.dtype)
         if self.config.type == "v_prediction":
             return (a * noise - s * x0).to(x0.dtype)
         if self.config.x0_above_sigma is None:
@@ -97,5 +127,6 @@ class Model:
         """Noisy latents at `level` => estimate of the clean latents, in x's dtype."""
         dtype = next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), x_BCHW.dtype)
         t_B = torch.full((len(x_BCHW),), level.t, device=x_BCHW.device, dtype=torch.promote_types(dtype, torch.float32))
-        output = self.denoiser((x_BCHW / level.scale).to(dtype), t_B, condition).to(x_BCHW.dtype)
+        scaled = x_BCHW / self.prediction.input_scale(level)
+        output = self.denoiser(scaled.to(dtype), t_B, condition).to(x_BCHW.dtype)
         return self.prediction.to_x0(output, x_BCHW, level)

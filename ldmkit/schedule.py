@@ -7,7 +7,8 @@ float64 throughout. Names and defaults of the config are those of Stable Diffusi
 from __future__ import annotations
 
 import math
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -16,10 +17,39 @@ import ldmkit.config
 from ldmkit.errors import InputError
 from ldmkit.interfaces import Level
 
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "quadratic"]
 
 
-class NoiseSchedule:
+class Schedule(ABC):
+    """How much signal and noise there is at each time that a model is told, and which times a run visits."""
+
+    Config: ClassVar[type[ldmkit.config.Config]]
+    config: Any
+    timestep_spacing: Spacing
+    """The rule for a run's times, unless its sampler has another."""
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config or self.Config()
+        self.timestep_spacing = getattr(self.config, "timestep_spacing", "linspace")
+
+    @abstractmethod
+    def level(self, t: float) -> Level:
+        """The level at time t. Raises: InputError outside the schedule."""
+
+    @abstractmethod
+    def at(self, ratio: float) -> Level:
+        """The level with sigma / alpha = ratio, told at its time (the first or last for a ratio beyond the schedule's)."""
+
+    @abstractmethod
+    def timesteps(self, n: int, *, spacing: Spacing | None = None, integers: bool = True) -> list[float]:
+        """The n times a run visits, falling. Raises: InputError for an n or a spacing that it does not have."""
+
+    def final_level(self) -> Level:
+        """Where methods end that do not insist on the clean image."""
+        return CLEAN
+
+
+class NoiseSchedule(Schedule):
     """The training schedule of a model, t = 0 .. T - 1, from nearly clean to nearly (or wholly) noise."""
 
     class Config(ldmkit.config.Config):
@@ -31,7 +61,8 @@ class NoiseSchedule:
                 "squaredcos_cap_v2" (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17).
             rescale_betas_zero_snr: shift and scale sqrt(abar) so that the last level is pure noise (Lin et al. 2024,
                 arXiv:2305.08891, alg. 1).
-            timestep_spacing: "leading", "trailing" or "linspace" (Lin et al. 2024, table 2).
+            timestep_spacing: "leading", "trailing" or "linspace" (Lin et al. 2024, table 2), or "quadratic" (Song et al. 2021,
+                arXiv:2010.02502, app. D.2).
             steps_offset: added to the times of leading spacing; Stable Diffusion uses 1.
             set_alpha_to_one: whether DDPM-like methods end on the clean image rather than at t = 0.
         """
@@ -56,8 +87,10 @@ class NoiseSchedule:
             _tables(self)
             return self
 
+    config: NoiseSchedule.Config
+
     def __init__(self, config: NoiseSchedule.Config | None = None) -> None:
-        self.config = config or NoiseSchedule.Config()
+        super().__init__(config)
         self.betas, self.alphas_cumprod = _tables(self.config)
 
     @property
@@ -108,6 +141,10 @@ class NoiseSchedule:
         """The (variance-preserving) level with sigma / alpha = ratio, told at its time."""
         return vp_level(ratio, self.time_of(ratio))
 
+    def final_level(self) -> Level:
+        """The level of t = 0, or clean (`set_alpha_to_one`)."""
+        return CLEAN if self.config.set_alpha_to_one else self.level(0)
+
     def timesteps(self, n: int, *, spacing: Spacing | None = None, integers: bool = True) -> list[float]:
         """The n times a run visits, falling.
 
@@ -117,7 +154,7 @@ class NoiseSchedule:
             integers: round linspace times to whole ones (as DDPM and DDIM do; Euler does not).
 
         Raises:
-            InputError: n below 1, above T, or too large for the steps offset.
+            InputError: n below 1, above T, too large for the steps offset, or so large that quadratic times meet.
         """
         total, spacing = self.num_train_timesteps, spacing or self.config.timestep_spacing
         if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= total:
@@ -127,6 +164,8 @@ class NoiseSchedule:
             return [float(t) for t in (np.round(times) if integers else times)]
         if spacing == "trailing":
             return [float(np.round(total - i * total / n)) - 1 for i in range(n)]
+        if spacing == "quadratic":
+            return self._quadratic(n, integers)
         offset = self.config.steps_offset
         first = (n - 1) * (total // n) + offset
         if first > total - 1:
@@ -135,6 +174,19 @@ class NoiseSchedule:
                 f"{total - 1}; use fewer steps, or timestep_spacing 'trailing'"
             )
         return [float(first - i * (total // n)) for i in range(n)]
+
+    def _quadratic(self, n: int, integers: bool) -> list[float]:
+        """Times i^2 over the first four fifths of the schedule, as DDIM's authors have them."""
+        if n == 1:  # one step starts from the noise
+            return [self.num_train_timesteps - 1.0]
+        roots = np.linspace(0, math.sqrt(0.8 * self.num_train_timesteps), n)
+        times = (np.floor(roots**2) if integers else roots**2)[::-1] + self.config.steps_offset
+        if (np.diff(times) >= 0).any():
+            raise InputError(f"num_inference_steps = {n}: whole quadratic times meet; use fewer steps or another spacing")
+        if times[0] > self.num_train_timesteps - 1:
+            offset, top = self.config.steps_offset, self.num_train_timesteps - 1
+            raise InputError(f"num_inference_steps = {n} with steps_offset = {offset} starts beyond the schedule's last, {top}")
+        return [float(t) for t in times]
 
 
 def vp_level(ratio: float, t: float) -> Level:

@@ -99,7 +99,7 @@ def test_pure_noise_needs_more_than_epsilon() -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"type": "eps"}, "type = 'eps': Input should be 'epsilon', 'v_prediction' or 'sample'"),
+        ({"type": "eps"}, "type = 'eps': Input should be 'epsilon', 'v_prediction', 'sample', 'flow' or 'edm'"),
         ({"type": "v_prediction", "x0_above_sigma": 3.0}, "x0_above_sigma = 3 goes with type 'epsilon', not 'v_prediction'"),
         ({"x0_above_sigma": 0.0}, r"x0_above_sigma = 0\.0: Input should be greater than 0"),
         ({"x0_above_sigma": "3"}, "x0_above_sigma = '3': Input should be a valid number"),

@@ -208,7 +208,7 @@ def test_vp_level() -> None:
         ({"beta_schedule": "cosine"}, "beta_schedule = 'cosine': Input should be 'linear', 'scaled_linear' or"),
         (
             {"timestep_spacing": "trialing"},
-            "timestep_spacing = 'trialing': Input should be 'leading', 'trailing' or 'linspace'",
+            "timestep_spacing = 'trialing': Input should be 'leading', 'trailing', 'linspace' or 'quadratic'",
         ),
         ({"beta_strat": 0.1}, "unknown key 'beta_strat' .*did you mean 'beta_start'"),
     ],

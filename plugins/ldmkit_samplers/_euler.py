@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from ldmkit.interfaces import Level
-from ldmkit.schedule import CLEAN, NoiseSchedule
+from ldmkit.schedule import Schedule
 from ldmkit_samplers._gaussian import GaussianSampler
 
 
 class EulerFamily(GaussianSampler):
     """Euler methods in sigma / alpha (Karras et al. 2022, arXiv:2206.00364), with the levels of Stable Diffusion's hosts."""
 
-    whole_times = False
-
-    def last_level(self, schedule: NoiseSchedule) -> Level:
-        """The clean image."""
-        return CLEAN
-
-    def initial_scale(self, schedule: NoiseSchedule, first: Level) -> float:
+    def initial_scale(self, schedule: Schedule, first: Level) -> float:
         """In the origin's coordinates sqrt(ratio^2 + 1) for leading spacing; for the others ratio, leaving out the data."""
         return 1.0 if self.spacing(schedule) == "leading" else first.sigma

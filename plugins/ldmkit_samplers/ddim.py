@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from ldmkit.interfaces import Level
-from ldmkit.schedule import CLEAN, NoiseSchedule
-from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, SamplerConfig, ddim
+from ldmkit.schedule import Schedule
+from ldmkit_samplers._base import SamplerConfig
+from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, ddim
 
 
 class DDIMSampler(GaussianSampler):
@@ -14,7 +15,7 @@ class DDIMSampler(GaussianSampler):
 
     class Config(SamplerConfig):
         """Attributes:
-        timestep_spacing: "leading", "trailing" or "linspace"; None takes the schedule's own.
+        timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         eta: 0 is deterministic, 1 has the posterior's noise (as DDPM).
         """
 
@@ -25,11 +26,11 @@ class DDIMSampler(GaussianSampler):
     def __init__(self, config: DDIMSampler.Config) -> None:
         super().__init__(config)
 
-    def last_level(self, schedule: NoiseSchedule) -> Level:
+    def last_level(self, schedule: Schedule) -> Level:
         """The level of t = 0, or clean. A run whose last time is 0 already takes its last step in place, as its origin does."""
-        return CLEAN if schedule.config.set_alpha_to_one else schedule.level(0)
+        return schedule.final_level()
 
-    def initial_scale(self, schedule: NoiseSchedule, first: Level) -> float:
+    def initial_scale(self, schedule: Schedule, first: Level) -> float:
         """1: the noise itself."""
         return 1.0
 

@@ -6,8 +6,9 @@ import math
 from typing import Literal
 
 from ldmkit.interfaces import Level
-from ldmkit.schedule import CLEAN, NoiseSchedule
-from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, SamplerConfig, ratio_kept
+from ldmkit.schedule import Schedule
+from ldmkit_samplers._base import SamplerConfig
+from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, ratio_kept
 
 
 class DDPMSampler(GaussianSampler):
@@ -15,7 +16,7 @@ class DDPMSampler(GaussianSampler):
 
     class Config(SamplerConfig):
         """Attributes:
-        timestep_spacing: "leading", "trailing" or "linspace"; None takes the schedule's own.
+        timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         variance: "fixed_small", the posterior's own (right for a point mass), or "fixed_large", that of the forward step (right
             for a unit normal); the two choices of Ho et al. 2020, section 3.2.
         """
@@ -27,11 +28,7 @@ class DDPMSampler(GaussianSampler):
     def __init__(self, config: DDPMSampler.Config) -> None:
         super().__init__(config)
 
-    def last_level(self, schedule: NoiseSchedule) -> Level:
-        """The clean image."""
-        return CLEAN
-
-    def initial_scale(self, schedule: NoiseSchedule, first: Level) -> float:
+    def initial_scale(self, schedule: Schedule, first: Level) -> float:
         """1: the noise itself."""
         return 1.0
 

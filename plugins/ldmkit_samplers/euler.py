@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ldmkit.interfaces import Level
+from ldmkit_samplers._base import SamplerConfig
 from ldmkit_samplers._euler import EulerFamily
-from ldmkit_samplers._gaussian import Coefficients, SamplerConfig, ddim
+from ldmkit_samplers._gaussian import Coefficients, ddim
 
 
 class EulerSampler(EulerFamily):
@@ -12,7 +13,7 @@ class EulerSampler(EulerFamily):
 
     class Config(SamplerConfig):
         """Attributes:
-        timestep_spacing: "leading", "trailing" or "linspace"; None takes the schedule's own.
+        timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         """
 
     def __init__(self, config: EulerSampler.Config) -> None:

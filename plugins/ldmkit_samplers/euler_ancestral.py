@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 
 from ldmkit.interfaces import Level
+from ldmkit_samplers._base import SamplerConfig
 from ldmkit_samplers._euler import EulerFamily
-from ldmkit_samplers._gaussian import Coefficients, SamplerConfig, ddim
+from ldmkit_samplers._gaussian import Coefficients, ddim
 
 
 class EulerAncestralSampler(EulerFamily):
@@ -14,7 +15,7 @@ class EulerAncestralSampler(EulerFamily):
 
     class Config(SamplerConfig):
         """Attributes:
-        timestep_spacing: "leading", "trailing" or "linspace"; None takes the schedule's own.
+        timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         eta: 0 is plain Euler, 1 the full ancestral noise.
         """
 

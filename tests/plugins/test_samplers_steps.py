@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -273,6 +274,14 @@ def test_levels_are_variance_preserving_and_fall(name: str, data: st.DataObject)
         with pytest.raises(InputError, match=rf"steps_offset = {offset} starts at t = \d+, beyond the schedule's last"):
             sampler.levels(schedule, n)
         return
+    if schedule.config.timestep_spacing == "quadratic":
+        refused = "whole quadratic times meet|starts beyond the schedule's last"
+        try:
+            sampler.levels(schedule, n)
+        except InputError as error:
+            assert re.search(refused, str(error))
+            assert n > 1
+            return
     levels = sampler.levels(schedule, n)
     assert levels.num_steps == n
     for level in levels:
