@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -275,12 +274,12 @@ def test_levels_are_variance_preserving_and_fall(name: str, data: st.DataObject)
             sampler.levels(schedule, n)
         return
     if schedule.config.timestep_spacing == "quadratic":
-        refused = "whole quadratic times meet|starts beyond the schedule's last"
-        try:
-            sampler.levels(schedule, n)
-        except InputError as error:
-            assert re.search(refused, str(error))
-            assert n > 1
+        times = np.linspace(0, math.sqrt(0.8 * schedule.num_train_timesteps), n) ** 2
+        times = np.floor(times) if sampler.whole_times else times
+        beyond = times[-1] + schedule.config.steps_offset > schedule.num_train_timesteps - 1
+        if n > 1 and (beyond or (np.diff(times) <= 0).any()):
+            with pytest.raises(InputError, match=r"whole quadratic times meet|starts beyond the schedule's last"):
+                sampler.levels(schedule, n)
             return
     levels = sampler.levels(schedule, n)
     assert levels.num_steps == n
