@@ -23,6 +23,10 @@
 
 #include "dtype.h"
 
+#ifdef LDMKIT_EMULATION
+extern "C" const char* ldmkit_emulation_error(int code);  // csrc/emulation/runtime.h
+#endif
+
 namespace ldmkit {
 
 inline Dtype dtype_of(const at::Tensor& tensor) {
@@ -53,14 +57,16 @@ struct Launch {
 #endif
 };
 
+#ifdef LDMKIT_DEVICE
 // What a launcher returned: a cudaError_t, 0 for success.
 inline void check_launch(int code) {
-#if defined(WITH_CUDA)
+#ifdef WITH_CUDA
   C10_CUDA_CHECK(static_cast<cudaError_t>(code));
 #else
-  TORCH_CHECK(code == 0, "a kernel launch failed with code ", code);
+  TORCH_CHECK(code == 0, ldmkit_emulation_error(code));
 #endif
 }
+#endif
 
 // Each op's file says `LDMKIT_BIND { module.def(...); }` once; binding.cpp calls them all.
 using Bind = void (*)(pybind11::module_&);

@@ -16,14 +16,7 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801;
-inline const char* cudaGetErrorString(int code) {
-  if (code == cudaSuccess) return "no error";
-  if (code == cudaErrorInvalidValue) return "invalid argument";
-  if (code == cudaErrorInvalidConfiguration) return "invalid configuration argument";
-  if (code == cudaErrorNotSupported) return "operation not supported";
-  return ldmkit::emulation::last_failure();
-}
+inline const char* cudaGetErrorString(int code) { return ldmkit_emulation_error(code); }
 
 #define LDMKIT_VECTORS(T, name, align2, align4)                                           \
   struct alignas(align2) name##2 { T x, y; };                                             \
@@ -65,7 +58,7 @@ template <class T>
 void __stcg(T* to, T value) {
   *to = value;
 }
-inline void __threadfence() {}
+inline void __threadfence() { ldmkit::emulation::fence(); }
 inline void __threadfence_block() {}
 
 // Arithmetic. glibc has declarations of its own for some of these names, hence macros.

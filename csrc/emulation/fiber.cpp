@@ -1,19 +1,13 @@
+// Switching by hand on x86-64: swapcontext also swaps signal masks, by a system call. It is what other processors get.
 #include "fiber.h"
 
 #include <sys/mman.h>
 
-#include <cstdint>
-#include <cstdlib>
 #include <new>
-
-#ifdef LDMKIT_SANITIZED
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
 
 #if defined(__x86_64__) && !defined(LDMKIT_EMULATION_UCONTEXT)
 
-// void ldmkit_fiber_switch(void** from, void* to): pushes what the ABI says a callee keeps, and swaps stacks.
+// void ldmkit_fiber_switch(void** from, void* to): pushes what a callee keeps by the ABI, and swaps stacks.
 asm(R"(
 .text
 .globl ldmkit_fiber_switch
@@ -41,14 +35,14 @@ extern "C" void ldmkit_fiber_switch(void** from, void* to);
 
 namespace {
 
-void* make_context(char* stack, size_t size, void (*entry)()) {
-  auto* top = reinterpret_cast<void**>(stack + size);
-  *--top = nullptr;  // entry's return address: the stack is 16-byte aligned at its call, as the ABI wants it
+void* make_context(char* stack, size_t bytes, void (*entry)()) {
+  auto* top = reinterpret_cast<void**>(stack + bytes);
+  *--top = nullptr;  // where entry would return to: it leaves the stack aligned as the ABI has it at a call
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   return top;
 }
-void swap_context(void** from, void* to) { ldmkit_fiber_switch(from, to); }
+void swap_contexts(void** from, void* to) { ldmkit_fiber_switch(from, to); }
 void free_context(void*) {}
 
 }  // namespace
@@ -59,16 +53,16 @@ void free_context(void*) {}
 
 namespace {
 
-void* make_context(char* stack, size_t size, void (*entry)()) {
+void* make_context(char* stack, size_t bytes, void (*entry)()) {
   auto* context = new ucontext_t;
   getcontext(context);
   context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = size;
+  context->uc_stack.ss_size = bytes;
   context->uc_link = nullptr;
   makecontext(context, entry, 0);
   return context;
 }
-void swap_context(void** from, void* to) {
+void swap_contexts(void** from, void* to) {
   if (*from == nullptr) *from = new ucontext_t;
   swapcontext(static_cast<ucontext_t*>(*from), static_cast<ucontext_t*>(to));
 }
@@ -79,58 +73,27 @@ void free_context(void* context) { delete static_cast<ucontext_t*>(context); }
 #endif
 
 namespace ldmkit::emulation {
-namespace {
-
-constexpr size_t kStack = 256 * 1024;  // reserved; only touched pages are memory
-
-}  // namespace
 
 Fiber::~Fiber() {
   abandon();
-  if (stack_ != nullptr) munmap(stack_, kStack);
+  if (stack_ != nullptr) munmap(stack_, kStackBytes);
 }
 
 void Fiber::start(void (*entry)()) {
   if (stack_ == nullptr) {
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, 4096, PROT_NONE);  // running over the end must not go unseen
+    mprotect(memory, 4096, PROT_NONE);  // a stack that overflows must not do so unseen
     stack_ = static_cast<char*>(memory);
-    bottom_ = stack_ + 4096;
-    size_ = kStack - 4096;
   }
-  context_ = make_context(stack_, kStack, entry);
+  context_ = make_context(stack_, kStackBytes, entry);
 }
 
 void Fiber::abandon() {
   free_context(context_);
   context_ = nullptr;
-  fake_stack_ = nullptr;
-#ifdef LDMKIT_SANITIZED
-  if (stack_ != nullptr) __asan_unpoison_memory_region(bottom_, size_);
-#endif
 }
 
-void Fiber::switch_to(Fiber& to) {
-#ifdef LDMKIT_SANITIZED
-  __sanitizer_start_switch_fiber(&fake_stack_, to.bottom_, to.size_);
-#endif
-  swap_context(&context_, to.context_);
-#ifdef LDMKIT_SANITIZED
-  __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
-#endif
-}
-
-void Fiber::arrived([[maybe_unused]] Fiber& launcher) {
-#ifdef LDMKIT_SANITIZED
-  const void* bottom;
-  size_t size;
-  __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
-  if (launcher.bottom_ == nullptr) {
-    launcher.bottom_ = bottom;
-    launcher.size_ = size;
-  }
-#endif
-}
+void Fiber::switch_to(Fiber& to) { swap_contexts(&context_, to.context_); }
 
 }  // namespace ldmkit::emulation

@@ -1,14 +1,8 @@
-// Tensor-core instructions and number formats, by the tables of the PTX ISA.
-#include <cstring>
-
-#include "runtime.h"
+// ldmatrix, mma and the formats they take, by the fragment layouts of the PTX ISA (common.cuh repeats them).
+#include "machine.h"
+#include "memory.h"
 
 namespace ldmkit::emulation {
-
-void check_shared(const void* pointer, int bytes, const char* what, const Place& place);
-void check_aligned(const void* pointer, int bytes, const char* what, const Place& place);
-void check_readable(const void* pointer, int bytes, const char* what, const Place& place);
-
 namespace {
 
 float float_of(uint32_t bits) {
@@ -96,7 +90,7 @@ void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed, const
   if (lane_id() < 8 * matrices) {
     check_shared(row, 16, "ldmatrix", place);
     check_aligned(row, 16, "ldmatrix", place);
-    check_readable(row, 16, "ldmatrix", place);
+    check_access(row, 16, false, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
   }
   Rows offer = {static_cast<const unsigned char*>(row), r, matrices};
   meet_warp(~0u, "ldmatrix", &offer, transposed ? load_matrices<true> : load_matrices<false>, place);
