@@ -2,183 +2,157 @@
 #include "geglu.h"
 
 #include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "instruction_set.h"
 #include "vector.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own intrinsics, https://gcc.gnu.org/PR105593
+#endif
+
 namespace ldmkit {
 namespace {
 
-// Phi(x), the normal distribution function, and exp(-x^2 / 2), from which GELU(x) = x Phi(x) and its derivative follow.
-template <class F>
-struct Normal {
-  F cdf, bell;
-};
-
-constexpr float kInverseSqrtTwoPi = 0.398942280401432677939946f;
-
-// The upper tail Q(u) = 1 - Phi(u), u >= 0, is exp(-u^2 / 2) R(u), and R(u) (u + a) is nearly constant: a polynomial in
-// s = (u - a) / (u + a), a = 3.5, minimax in relative error (6.4e-9 before rounding). So tails keep their relative accuracy, which
-// 1 + erf(x) loses to cancellation. (The substitution is that of Shepherd and Laframboise 1981, doi:10.1090/S0025-5718-1981-0595058-X.)
-template <int W>
-LDMKIT_INLINE Normal<typename Vec<W>::F> normal(typename Vec<W>::F x) {
-  using F = typename Vec<W>::F;
-  using U = typename Vec<W>::U;
-  const F zero = {};
-  const F far = zero + 13.2f;  // exp(-u^2 / 2) leaves the normal numbers just beyond
-  const F magnitude = bit_cast<F>(bit_cast<U>(x) & 0x7fffffffu);
-  const F u = (magnitude < far) ? magnitude : far;
-
-  // exp(-u^2 / 2), Cody and Waite: u = high + low with high^2 exact, k = round(-u^2 / (2 ln 2)), ln 2 in two parts.
-  const F high = bit_cast<F>(bit_cast<U>(u) & 0xfffff000u);
-  const F half_square = high * high * -0.5f;
-  const F rounder = zero + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const F shifted = half_square * 1.44269504088896341f + rounder;
-  const F k = shifted - rounder;
-  const F r = (half_square - k * 0.693359375f) + ((u - high) * (u + high) * -0.5f + k * 2.12194440e-4f);
-  F e = zero + 1.0f / 5040.0f;
-  e = e * r + 1.0f / 720.0f;
-  e = e * r + 1.0f / 120.0f;
-  e = e * r + 1.0f / 24.0f;
-  e = e * r + 1.0f / 6.0f;
-  e = e * r + 0.5f;
-  e = e * r * r + r + 1.0f;
-  const U power = (bit_cast<U>(shifted) - bit_cast<U>(rounder) + 127u) << 23;
-  const F bell = (magnitude > far) ? zero : e * bit_cast<F>(power);
-
-  const F q = 1.0f / (u + 3.5f);
-  const F s = (u - 3.5f) * q;
-  F p = zero + 0.000112737034f;
-  p = p * s + 0.0004256609f;
-  p = p * s - 0.0004946537f;
-  p = p * s - 0.003177798f;
-  p = p * s + 0.006492409f;
-  p = p * s + 0.01740691f;
-  p = p * s - 0.116052896f;
-  p = p * s + 0.315425f;
-  p = p * s - 0.5655618f;
-  p = p * s + 0.74441606f;
-  const F tail = bell * (p * q);
-  return {(x < zero) ? tail : 1.0f - tail, bell * kInverseSqrtTwoPi};
-}
-
-template <int W, class T>
-struct Rows {
-  static LDMKIT_INLINE void forward(const T* value, const T* gate, T* y) {
-    const auto b = load<W>(gate);
-    store<W>(y, load<W>(value) * (b * normal<W>(b).cdf));
-  }
-
-  static LDMKIT_INLINE void backward(const T* grad, const T* value, const T* gate, T* grad_value, T* grad_gate) {
-    const auto g = load<W>(grad), a = load<W>(value), b = load<W>(gate);
-    const auto phi = normal<W>(b);
-    store<W>(grad_value, g * (b * phi.cdf));
-    store<W>(grad_gate, g * a * (phi.cdf + b * phi.bell));
-  }
-};
-
 // fp64 serves checks, not speed: the C library's own functions, one element at a time.
-template <int W>
-struct Rows<W, double> {
-  static LDMKIT_INLINE double cdf(double x) { return 0.5 * std::erfc(x * -0.70710678118654752440); }
+double normal_cdf(double x) { return 0.5 * std::erfc(x * -0.70710678118654752440); }
 
-  static LDMKIT_INLINE void forward(const double* value, const double* gate, double* y) {
-    for (int i = 0; i < W; ++i) y[i] = value[i] * (gate[i] * cdf(gate[i]));
-  }
-
-  static LDMKIT_INLINE void backward(const double* grad, const double* value, const double* gate, double* grad_value,
-                                     double* grad_gate) {
-    for (int i = 0; i < W; ++i) {
-      const double b = gate[i], phi = cdf(b), bell = 0.398942280401432677939946 * std::exp(-0.5 * b * b);
-      grad_value[i] = grad[i] * (b * phi);
-      grad_gate[i] = grad[i] * value[i] * (phi + b * bell);
+void forward_double(const void* x_data, int64_t x_stride, void* y_data, const GegluSlice& slice) {
+  for (int64_t row = slice.row_begin; row < slice.row_end; ++row) {
+    const double *value = static_cast<const double*>(x_data) + row * x_stride, *gate = value + slice.n;
+    double* y = static_cast<double*>(y_data) + row * slice.n;
+    for (int64_t i = slice.column; i < slice.column + slice.columns; ++i) {
+      y[i] = value[i] * (gate[i] * normal_cdf(gate[i]));
     }
   }
+}
+
+void backward_double(const void* grad_data, int64_t grad_stride, const void* x_data, int64_t x_stride, void* grad_x_data,
+                     const GegluSlice& slice) {
+  for (int64_t row = slice.row_begin; row < slice.row_end; ++row) {
+    const double* grad = static_cast<const double*>(grad_data) + row * grad_stride;
+    const double *value = static_cast<const double*>(x_data) + row * x_stride, *gate = value + slice.n;
+    double *grad_value = static_cast<double*>(grad_x_data) + row * 2 * slice.n, *grad_gate = grad_value + slice.n;
+    for (int64_t i = slice.column; i < slice.column + slice.columns; ++i) {
+      const double b = gate[i], cdf = normal_cdf(b), bell = 0.398942280401432677939946 * std::exp(-0.5 * b * b);
+      grad_value[i] = grad[i] * (b * cdf);
+      grad_gate[i] = grad[i] * value[i] * (cdf + b * bell);
+    }
+  }
+}
+
+#define LDMKIT_HERE LDMKIT_TARGET LDMKIT_INLINE
+
+// What plain vector code can do anywhere. The magic number, 1.5 * 2^23, rounds to an integer whatever is added to it.
+namespace baseline {
+#define LDMKIT_TARGET
+struct Machine {
+  static constexpr int W = 4;
+  using F = Vec<W>::F;
+  using U = Vec<W>::U;
+
+  static LDMKIT_HERE F nearest(F x) { return (x + 12582912.0f) - 12582912.0f; }
+
+  static LDMKIT_HERE F at_most(F x, F limit) { return (x > limit) ? limit : x; }
+
+  // x 2^k for an integral k >= -160: in two steps, for the result may be subnormal.
+  static LDMKIT_HERE F scale(F x, F k) {
+    const U power = (bit_cast<U>(k + (12582912.0f + 64.0f)) + 127u) << 23;
+    return x * bit_cast<F>(power) * 0x1p-64f;
+  }
+
+  // x y - product, exactly, where `product` is x y rounded and y is x times a power of two: products of upper halves are exact.
+  static LDMKIT_HERE F product_error(F x, F y, F product) {
+    const F x_high = bit_cast<F>(bit_cast<U>(x) & 0xfffff000u), y_high = bit_cast<F>(bit_cast<U>(y) & 0xfffff000u);
+    return (x_high * y_high - product) + (x - x_high) * (y + y_high);
+  }
+
+  static LDMKIT_HERE F load(const Half* from) { return ldmkit::load<W>(from); }
+
+  static LDMKIT_HERE Vec<W>::H narrow(F value) {
+    Half narrow[W];
+    ldmkit::store<W>(narrow, value);
+    return bit_cast<Vec<W>::H>(narrow);
+  }
+
+  // Without stores that pass the caches by, an ordinary one.
+  template <class V>
+  static LDMKIT_HERE void stream(void* to, V value) { std::memcpy(to, &value, sizeof(value)); }
+  static LDMKIT_HERE void fence() {}
 };
+#include "geglu_rows.h"
+#undef LDMKIT_TARGET
+}  // namespace baseline
 
-// A row's last few elements go through a padded copy, so that each element sees the same arithmetic wherever it stands.
-template <int W, class T>
-LDMKIT_INLINE void forward(const void* x_data, int64_t x_stride, void* y_data, const GegluSlice& slice) {
-  const int64_t n = slice.n, end = slice.column + slice.columns;
-  for (int64_t row = slice.row_begin; row < slice.row_end; ++row) {
-    const T* x = static_cast<const T*>(x_data) + row * x_stride;
-    T* y = static_cast<T*>(y_data) + row * n;
-    int64_t i = slice.column;
-    for (; i + W <= end; i += W) Rows<W, T>::forward(x + i, x + n + i, y + i);
-    if (i < end) {
-      T value[W] = {}, gate[W] = {}, out[W];
-      std::memcpy(value, x + i, (end - i) * sizeof(T));
-      std::memcpy(gate, x + n + i, (end - i) * sizeof(T));
-      Rows<W, T>::forward(value, gate, out);
-      std::memcpy(y + i, out, (end - i) * sizeof(T));
-    }
-  }
-}
-
-template <int W, class T>
-LDMKIT_INLINE void backward(const void* grad_data, int64_t grad_stride, const void* x_data, int64_t x_stride, void* grad_x_data,
-                            const GegluSlice& slice) {
-  const int64_t n = slice.n, end = slice.column + slice.columns;
-  for (int64_t row = slice.row_begin; row < slice.row_end; ++row) {
-    const T* grad = static_cast<const T*>(grad_data) + row * grad_stride;
-    const T* x = static_cast<const T*>(x_data) + row * x_stride;
-    T* grad_x = static_cast<T*>(grad_x_data) + row * 2 * n;
-    int64_t i = slice.column;
-    for (; i + W <= end; i += W) Rows<W, T>::backward(grad + i, x + i, x + n + i, grad_x + i, grad_x + n + i);
-    if (i < end) {
-      const size_t bytes = (end - i) * sizeof(T);
-      T g[W] = {}, value[W] = {}, gate[W] = {}, grad_value[W], grad_gate[W];
-      std::memcpy(g, grad + i, bytes);
-      std::memcpy(value, x + i, bytes);
-      std::memcpy(gate, x + n + i, bytes);
-      Rows<W, T>::backward(g, value, gate, grad_value, grad_gate);
-      std::memcpy(grad_x + i, grad_value, bytes);
-      std::memcpy(grad_x + n + i, grad_gate, bytes);
-    }
-  }
-}
-
-// The two loops in one instruction set, for a dtype known at run time.
-#define LDMKIT_GEGLU_VARIANT(NAME, TARGET, W)                                                                                    \
-  TARGET void forward_##NAME(Dtype dtype, const void* x, int64_t x_stride, void* y, const GegluSlice& slice) {                    \
-    switch (dtype) {                                                                                                              \
-      case Dtype::f32: return forward<W, float>(x, x_stride, y, slice);                                                           \
-      case Dtype::f64: return forward<W, double>(x, x_stride, y, slice);                                                          \
-      case Dtype::f16: return forward<W, Half>(x, x_stride, y, slice);                                                            \
-      case Dtype::bf16: return forward<W, BFloat16>(x, x_stride, y, slice);                                                       \
-    }                                                                                                                             \
-  }                                                                                                                               \
-  TARGET void backward_##NAME(Dtype dtype, const void* grad, int64_t grad_stride, const void* x, int64_t x_stride, void* grad_x,  \
-                              const GegluSlice& slice) {                                                                          \
-    switch (dtype) {                                                                                                              \
-      case Dtype::f32: return backward<W, float>(grad, grad_stride, x, x_stride, grad_x, slice);                                  \
-      case Dtype::f64: return backward<W, double>(grad, grad_stride, x, x_stride, grad_x, slice);                                 \
-      case Dtype::f16: return backward<W, Half>(grad, grad_stride, x, x_stride, grad_x, slice);                                   \
-      case Dtype::bf16: return backward<W, BFloat16>(grad, grad_stride, x, x_stride, grad_x, slice);                              \
-    }                                                                                                                             \
-  }
-
-LDMKIT_GEGLU_VARIANT(default, , 4)
 #if defined(__x86_64__)
-LDMKIT_GEGLU_VARIANT(avx2, __attribute__((target("avx2,fma"))), 8)
-LDMKIT_GEGLU_VARIANT(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), 16)
+namespace avx2 {
+#define LDMKIT_TARGET LDMKIT_TARGET_AVX2
+struct Machine {
+  static constexpr int W = 8;
+
+  static LDMKIT_HERE __m256 nearest(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static LDMKIT_HERE __m256 at_most(__m256 x, __m256 limit) { return _mm256_min_ps(limit, x); }
+  static LDMKIT_HERE __m256 product_error(__m256 x, __m256 y, __m256 product) { return _mm256_fmsub_ps(x, y, product); }
+  static LDMKIT_HERE __m256 load(const Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+  static LDMKIT_HERE __m128i narrow(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+
+  // x 2^k for an integral k >= -160: in two steps, for the result may be subnormal.
+  static LDMKIT_HERE __m256 scale(__m256 x, __m256 k) {
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127 + 64)), 23);
+    return x * _mm256_castsi256_ps(power) * 0x1p-64f;
+  }
+
+  static LDMKIT_HERE void stream(void* to, __m256 value) { _mm256_stream_ps((float*)to, value); }
+  static LDMKIT_HERE void stream(void* to, Vec<W>::U value) { _mm256_stream_si256((__m256i*)to, (__m256i)value); }
+  static LDMKIT_HERE void stream(void* to, __m128i value) { _mm_stream_si128((__m128i*)to, value); }
+  static LDMKIT_HERE void fence() { _mm_sfence(); }
+};
+#include "geglu_rows.h"
+#undef LDMKIT_TARGET
+}  // namespace avx2
+
+namespace avx512 {
+#define LDMKIT_TARGET LDMKIT_TARGET_AVX512
+struct Machine {
+  static constexpr int W = 16;
+
+  static LDMKIT_HERE __m512 nearest(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static LDMKIT_HERE __m512 at_most(__m512 x, __m512 limit) { return _mm512_min_ps(limit, x); }
+  static LDMKIT_HERE __m512 product_error(__m512 x, __m512 y, __m512 product) { return _mm512_fmsub_ps(x, y, product); }
+  static LDMKIT_HERE __m512 scale(__m512 x, __m512 k) { return _mm512_scalef_ps(x, k); }
+  static LDMKIT_HERE __m512 load(const Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+  static LDMKIT_HERE __m256i narrow(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+
+  static LDMKIT_HERE void stream(void* to, __m512 value) { _mm512_stream_ps((float*)to, value); }
+  static LDMKIT_HERE void stream(void* to, Vec<W>::U value) { _mm512_stream_si512((__m512i*)to, (__m512i)value); }
+  static LDMKIT_HERE void stream(void* to, __m256i value) { _mm256_stream_si256((__m256i*)to, value); }
+  static LDMKIT_HERE void fence() { _mm_sfence(); }
+};
+#include "geglu_rows.h"
+#undef LDMKIT_TARGET
+}  // namespace avx512
 #endif
 
 struct Variant {
-  decltype(&forward_default) forward;
-  decltype(&backward_default) backward;
+  decltype(&baseline::forward) forward;
+  decltype(&baseline::backward) backward;
 };
 
 Variant pick() {
 #if defined(__x86_64__)
   switch (instruction_set()) {
     case InstructionSet::avx512_bf16:
-    case InstructionSet::avx512: return {forward_avx512, backward_avx512};
-    case InstructionSet::avx2: return {forward_avx2, backward_avx2};
+    case InstructionSet::avx512: return {avx512::forward, avx512::backward};
+    case InstructionSet::avx2: return {avx2::forward, avx2::backward};
     case InstructionSet::baseline: break;
   }
 #endif
-  return {forward_default, backward_default};
+  return {baseline::forward, baseline::backward};
 }
 
 const Variant& variant() {

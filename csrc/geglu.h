@@ -8,8 +8,10 @@
 namespace ldmkit {
 
 // One slice of a matrix, `columns` of them from `column` on in rows [row_begin, row_end). All strides are between rows.
+// `stream` writes past the caches; outputs and their rows must then begin on multiples of 64 bytes, and so must `column`.
 struct GegluSlice {
   int64_t n, row_begin, row_end, column, columns;
+  bool stream;
 };
 
 void geglu_forward_cpu(Dtype dtype, const void* x, int64_t x_stride, void* y, const GegluSlice& slice);
