@@ -72,8 +72,6 @@ struct Machine {
     return (x_high * y_high - product) + (x - x_high) * (y + y_high);
   }
 
-  static LDMKIT_HERE F load(const Half* from) { return ldmkit::load<W>(from); }
-
   static LDMKIT_HERE Vec<W>::H narrow(F value) {
     Half narrow[W];
     ldmkit::store<W>(narrow, value);
@@ -98,7 +96,6 @@ struct Machine {
   static LDMKIT_HERE __m256 nearest(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static LDMKIT_HERE __m256 at_most(__m256 x, __m256 limit) { return _mm256_min_ps(limit, x); }
   static LDMKIT_HERE __m256 product_error(__m256 x, __m256 y, __m256 product) { return _mm256_fmsub_ps(x, y, product); }
-  static LDMKIT_HERE __m256 load(const Half* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
   static LDMKIT_HERE __m128i narrow(__m256 value) { return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
 
   // x 2^k for an integral k >= -160: in two steps, for the result may be subnormal.
@@ -125,7 +122,6 @@ struct Machine {
   static LDMKIT_HERE __m512 at_most(__m512 x, __m512 limit) { return _mm512_min_ps(limit, x); }
   static LDMKIT_HERE __m512 product_error(__m512 x, __m512 y, __m512 product) { return _mm512_fmsub_ps(x, y, product); }
   static LDMKIT_HERE __m512 scale(__m512 x, __m512 k) { return _mm512_scalef_ps(x, k); }
-  static LDMKIT_HERE __m512 load(const Half* from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
   static LDMKIT_HERE __m256i narrow(__m512 value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
 
   static LDMKIT_HERE void stream(void* to, __m512 value) { _mm512_stream_ps((float*)to, value); }

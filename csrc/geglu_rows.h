@@ -12,15 +12,10 @@ struct Block {
   F v[K];
 };
 
-LDMKIT_HERE Block load_block(const float* from) {
+template <class T>
+LDMKIT_HERE Block load_block(const T* from) {
   Block block;
-  for (int k = 0; k < K; ++k) block.v[k] = ldmkit::load<W>(from + k * W);
-  return block;
-}
-
-LDMKIT_HERE Block load_block(const Half* from) {
-  Block block;
-  for (int k = 0; k < K; ++k) block.v[k] = Machine::load(from + k * W);
+  for (int k = 0; k < K; ++k) block.v[k] = load<W>(from + k * W);
   return block;
 }
 

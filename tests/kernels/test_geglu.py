@@ -175,11 +175,16 @@ def test_compiles_whole(backend, dynamic):
 NARROWER = """
 from ldmkit.kernels.compiled import build_info
 from tests.kernels.oracle import DTYPES, randn
-from tests.kernels.test_geglu import check, test_tails_keep_their_relative_accuracy
+from tests.kernels import test_geglu, test_geglu_cpu
 for dtype in DTYPES:
-    for n in (1, 4, 7, 8, 33):
-        check("cpu", randn((5, 2 * n), n, dtype, 5.0), randn((5, n), 1, dtype))
-test_tails_keep_their_relative_accuracy()
+    for n in (1, 4, 7, 8, 33, 65):
+        test_geglu.check("cpu", randn((5, 2 * n), n, dtype, 5.0), randn((5, n), 1, dtype))
+test_geglu.test_tails_keep_their_relative_accuracy()
+test_geglu_cpu.test_relative_accuracy_in_far_tails_and_near_zero()
+for dtype in test_geglu_cpu.LOW[1:]:
+    test_geglu_cpu.test_every_gate_of_16_bits_is_rounded_once(dtype)
+    test_geglu_cpu.test_gradients_of_every_gate_of_16_bits(dtype)
+test_geglu_cpu.test_large_outputs_have_the_bits_of_small_ones(dtype, 4096)
 print(build_info()["cpu"])
 """
 

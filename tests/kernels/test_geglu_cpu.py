@@ -1,4 +1,4 @@
-"""The C++ kernel of GEGLU: every 16-bit gate there is, tails and zero against float64, and what large outputs are treated to."""
+"""The C++ kernel of GEGLU: every 16-bit gate there is, tails and zero against float64, and how large outputs are written."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def with_value(value: float, gate: torch.Tensor) -> torch.Tensor:
 
 
 def roundings(got: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Errors in units of the last place of the truth, which is float64; a subnormal result has the last place of the least normal."""
+    """Errors in units of the last place of the truth, which is float64; below the least normal number, of that one's."""
     info = torch.finfo(got.dtype)
     place = truth.abs().clamp_min(info.tiny).log2().floor().exp2() * info.eps
     return (got.double() - truth).abs() / place
