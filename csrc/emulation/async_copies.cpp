@@ -4,14 +4,14 @@
 
 namespace ldmkit::emulation {
 
-void cp_async(void* shared, const void* global, size_t bytes, bool valid, const Place& place) {
-  const auto pc = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
+void cp_async(void* shared, const void* global, size_t bytes, bool valid) {
+  const Place place = LDMKIT_CALLER;
   check_shared(shared, bytes, "cp.async's destination", place);
   check_aligned(shared, bytes, "cp.async's destination", place);
-  check_access(shared, bytes, true, pc);
+  check_access(shared, bytes, true, place);
   if (valid) {
     check_aligned(global, bytes, "cp.async's source", place);
-    check_access(global, bytes, false, pc);
+    check_access(global, bytes, false, place);
   }
   std::memset(shared, 0xff, bytes);
   reserve(shared, bytes, true);
@@ -23,13 +23,13 @@ void cp_async(void* shared, const void* global, size_t bytes, bool valid, const 
 void cp_async_commit() { ++machine.self().groups; }
 
 void cp_async_wait(int groups_left) {
-  const auto pc = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
+  const Place place = LDMKIT_CALLER;
   Thread& self = machine.self();
   size_t done = 0;
   for (; done < self.copies.size() && self.copies[done].group < self.groups - groups_left; ++done) {
     const Copy& copy = self.copies[done];
     reserve(copy.to, copy.bytes, false);
-    check_access(copy.to, copy.bytes, true, pc);
+    check_access(copy.to, copy.bytes, true, place);
     if (copy.from == nullptr) {
       std::memset(copy.to, 0, copy.bytes);
     } else {

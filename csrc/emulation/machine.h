@@ -31,6 +31,7 @@ struct Thread {
 struct Meeting {
   uint32_t mask, arrived;
   const char* what;
+  Place place;  // of the lane that came first
   void* offers[32];
 };
 
@@ -92,9 +93,13 @@ struct Machine {
 
 extern Machine machine;
 
+// In a function that kernels call: where they do.
+#define LDMKIT_CALLER (::ldmkit::emulation::Place{"", 0, reinterpret_cast<uintptr_t>(__builtin_return_address(0))})
+
 std::string text(const uint3& v);
 std::string text(const Place& place);
 bool same(const Place& a, const Place& b);
+uintptr_t image_begin();  // of this library
 
 // Every lane of the mask brings an offer; the last to come calls complete(offers, mask); null are the offers outside the mask.
 using Complete = void (*)(void* const (&offers)[32], uint32_t mask);

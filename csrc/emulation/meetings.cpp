@@ -35,9 +35,9 @@ void meet_warp(uint32_t mask, const char* what, void* offer, Complete complete, 
   if ((mask & ~warp.exists) != 0) fail(place, "%s with mask 0x%08x, but the warp has lanes 0x%08x only", what, mask, warp.exists);
   if ((mask & warp.ended) != 0) fail(place, "%s with mask 0x%08x, of which lanes 0x%08x have ended", what, mask, mask & warp.ended);
   auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(), [=](const Meeting& m) { return m.mask == mask; });
-  if (meeting == warp.meetings.end()) meeting = warp.meetings.insert(meeting, {mask, 0, what, {}});
+  if (meeting == warp.meetings.end()) meeting = warp.meetings.insert(meeting, {mask, 0, what, place, {}});
   if (meeting->what != what && std::strcmp(meeting->what, what) != 0)
-    fail(place, "lanes of mask 0x%08x meet in %s and in %s", mask, meeting->what, what);
+    fail(place, "lanes of mask 0x%08x meet in %s, and in %s at %s", mask, what, meeting->what, text(meeting->place).c_str());
   meeting->arrived |= 1u << lane;
   meeting->offers[lane] = offer;
   machine.set_waiting(what, place);

@@ -15,8 +15,9 @@ namespace {
 
 // One access to two bytes: no kernel of ours splits a 16-bit element between threads. Zeros are none.
 struct Access {
-  uint32_t time, pc;  // pc: offset in this library
-  uint16_t thread;    // its rank, plus 1
+  uint32_t time;
+  uint32_t pc;      // from the library's beginning
+  uint16_t thread;  // its rank, plus 1
 };
 
 // The accesses of one block that later ones may race with. Two readers: any writer is another thread than one of them.
@@ -29,6 +30,7 @@ struct History {
 struct Region {
   uintptr_t begin, end;
   bool writable;
+  bool shared;  // between the threads of a block, not between blocks
   std::string name;
   History* history;  // null: is not recorded
 };
@@ -77,13 +79,7 @@ struct Memory {
 
 Memory memory;
 
-std::string text_of_pc(uintptr_t pc) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "+0x%zx", pc);
-  return text;
-}
-
-// "12 bytes past the end of input 1 (512 bytes)", by the region that is nearest.
+// ", 12 bytes past the end of y (512 bytes)", by the region that is nearest.
 std::string describe(uintptr_t at, size_t bytes) {
   const Region* nearest = nullptr;
   uintptr_t least = ~uintptr_t(0);
@@ -92,11 +88,11 @@ std::string describe(uintptr_t at, size_t bytes) {
       const uintptr_t distance = at < region.begin ? region.begin - at : at >= region.end ? at - region.end : 0;
       if (distance < least) least = distance, nearest = &region;
     }
-  if (nearest == nullptr || least > 1 << 20) return "memory that is no tensor, parameter or shared memory of this kernel";
+  if (nearest == nullptr || least > 1 << 20) return " of memory that is no tensor, parameter or shared memory of this kernel";
   const std::string whole = nearest->name + " (" + std::to_string(nearest->end - nearest->begin) + " bytes)";
-  if (at < nearest->begin) return std::to_string(nearest->begin - at) + " bytes before " + whole;
-  if (at >= nearest->end) return std::to_string(at - nearest->end) + " bytes past the end of " + whole;
-  return std::to_string(at + bytes - nearest->end) + " of them past the end of " + whole;
+  if (at < nearest->begin) return ", beginning " + std::to_string(nearest->begin - at) + " before " + whole;
+  if (at >= nearest->end) return ", beginning " + std::to_string(at - nearest->end) + " past the end of " + whole;
+  return ", " + std::to_string(at + bytes - nearest->end) + " of them past the end of " + whole;
 }
 
 // Whether something between orders another thread's access before the current thread's next one.
@@ -107,37 +103,38 @@ bool ordered(const Access& access) {
   return machine.warp().synced > access.time || machine.warp().pairs[lane_id()][other % 32] > access.time;
 }
 
-[[noreturn]] void race(const Region& region, uintptr_t at, bool writes, bool wrote, const std::string& who, uint32_t their_pc, uintptr_t pc) {
-  fail({text_of_pc(pc).c_str(), 0}, "race: it %s byte %zu of %s, which %s %s at %s, and nothing orders the two",
-       writes ? "writes" : "reads", at - region.begin, region.name.c_str(), who.c_str(), wrote ? "wrote" : "read",
-       text_of_pc(their_pc).c_str());
+[[noreturn]] void race(const Region& region, uintptr_t at, bool writes, bool wrote, const std::string& who, uint32_t their_pc,
+                       const Place& place) {
+  fail(place, "race: it %s byte %zu of %s, which %s %s at %s, and nothing orders the two", writes ? "writes" : "reads",
+       at - region.begin, region.name.c_str(), who.c_str(), wrote ? "wrote" : "read",
+       text(Place{"", 0, memory.image_begin + their_pc}).c_str());
 }
 
-void check_thread(const Region& region, uintptr_t at, bool writes, bool wrote, const Access& access, uintptr_t pc) {
+void check_thread(const Region& region, uintptr_t at, bool writes, bool wrote, const Access& access, const Place& place) {
   if (access.thread == 0 || ordered(access)) return;
-  race(region, at, writes, wrote, "thread " + text(machine.threads[access.thread - 1u]->index), access.pc, pc);
+  race(region, at, writes, wrote, "thread " + text(machine.threads[access.thread - 1u]->index), access.pc, place);
 }
 
 // Blocks are ordered only as in the programming guide's "Memory fence functions": writes, __threadfence, atomic; atomic, reads.
-void check_block(const Region& region, uintptr_t at, bool writes, const History& history, uintptr_t pc) {
+void check_block(const Region& region, uintptr_t at, bool writes, const History& history, const Place& place) {
   if (memory.acquired && memory.released.count(history.block) != 0) return;
   const Access& read = history.reads[0];
-  if (history.write.thread != 0) race(region, at, writes, true, "another block", history.write.pc, pc);
-  if (writes && read.thread != 0) race(region, at, writes, false, "another block", read.pc, pc);
+  if (history.write.thread != 0) race(region, at, writes, true, "another block", history.write.pc, place);
+  if (writes && read.thread != 0) race(region, at, writes, false, "another block", read.pc, place);
 }
 
-void record(const Region& region, uintptr_t at, bool writes, History& history, uintptr_t pc) {
+void record(const Region& region, uintptr_t at, bool writes, History& history, const Place& place) {
   if (history.block != machine.block_serial) {
-    if (history.block >= memory.first_block) check_block(region, at, writes, history, pc);
+    if (!region.shared && history.block >= memory.first_block) check_block(region, at, writes, history, place);
     history = {machine.block_serial, false, {}, {}};
   }
   if (history.reserved)
-    fail({text_of_pc(pc).c_str(), 0}, "it %s byte %zu of %s, to which a cp.async is still under way", writes ? "writes" : "reads",
-         at - region.begin, region.name.c_str());
-  const Access mine = {machine.now, static_cast<uint32_t>(pc), static_cast<uint16_t>(machine.current + 1)};
-  check_thread(region, at, writes, true, history.write, pc);
+    fail(place, "it %s byte %zu of %s, to which a cp.async is still under way", writes ? "writes" : "reads", at - region.begin,
+         region.name.c_str());
+  const Access mine = {machine.now, static_cast<uint32_t>(place.pc - memory.image_begin), static_cast<uint16_t>(machine.current + 1)};
+  check_thread(region, at, writes, true, history.write, place);
   if (writes) {
-    for (const Access& read : history.reads) check_thread(region, at, writes, false, read, pc);
+    for (const Access& read : history.reads) check_thread(region, at, writes, false, read, place);
     history.write = mine;
     history.reads[0] = history.reads[1] = {};
   } else {
@@ -152,8 +149,8 @@ void memory_for_launch(const void* parameters, size_t parameter_bytes, size_t sh
   memory.released.clear();
   memory.locals.clear();
   const uintptr_t begin = address_of(parameters), dynamic = address_of(memory.dynamic);
-  memory.locals.push_back({dynamic, dynamic + shared_bytes, true, "dynamic shared memory", memory.dynamic_history});
-  memory.locals.push_back({begin, begin + parameter_bytes, false, "the kernel's parameters", nullptr});
+  memory.locals.push_back({dynamic, dynamic + shared_bytes, true, true, "dynamic shared memory", memory.dynamic_history});
+  memory.locals.push_back({begin, begin + parameter_bytes, false, false, "the kernel's parameters", nullptr});
   memory.statics = memory.locals.size();
 }
 
@@ -163,26 +160,25 @@ void memory_for_block(uint32_t) {
   std::memset(memory.dynamic, 0xff, memory.locals[0].end - memory.locals[0].begin);
 }
 
-void check_access(const void* pointer, size_t bytes, bool writes, uintptr_t pc) {
+void check_access(const void* pointer, size_t bytes, bool writes, const Place& place) {
   const uintptr_t at = address_of(pointer);
   if (!kSanitized || !machine.running || machine.self().fiber.on_stack(at)) return;
-  pc -= memory.image_begin;
   const Region* region = memory.find(at, bytes);
+  const char* verb = writes ? "writes" : "reads";
   if (region == nullptr) {
     if (!writes && at >= memory.image_begin && at + bytes <= memory.image_end) return;
-    fail({text_of_pc(pc).c_str(), 0}, "out of bounds: it %s %zu bytes, %s", writes ? "writes" : "reads", bytes, describe(at, bytes).c_str());
+    fail(place, "out of bounds: it %s %zu bytes%s", verb, bytes, describe(at, bytes).c_str());
   }
   if (writes && !region->writable)
-    fail({text_of_pc(pc).c_str(), 0}, "it writes byte %zu of %s, which is not its to change", at - region->begin, region->name.c_str());
+    fail(place, "it writes byte %zu of %s, which is not its to change", at - region->begin, region->name.c_str());
   if (region->history == nullptr) return;
   for (size_t i = (at - region->begin) / 2; i <= (at + bytes - 1 - region->begin) / 2; ++i)
-    record(*region, region->begin + 2 * i, writes, region->history[i], pc);
+    record(*region, region->begin + 2 * i, writes, region->history[i], place);
 }
 
 void check_shared(const void* pointer, size_t bytes, const char* what, const Place& place) {
   const Region* region = memory.find(address_of(pointer), bytes);
-  const bool shared = region != nullptr && region >= memory.locals.data() && region < memory.locals.data() + memory.locals.size();
-  if (!shared || !region->writable) fail(place, "%s: %zu bytes that are not in the block's shared memory", what, bytes);
+  if (region == nullptr || !region->shared) fail(place, "%s: %zu bytes that are not in the block's shared memory", what, bytes);
 }
 
 void check_aligned(const void* pointer, size_t bytes, const char* what, const Place& place) {
@@ -200,10 +196,12 @@ void touch_atomic(void* at, size_t bytes, const Place& place) {
   memory.acquired = true;
   const Region* region = memory.find(address_of(at), bytes);
   if (kSanitized && (region == nullptr || !region->writable))
-    fail(place, "out of bounds: an atomic operation on %zu bytes, %s", bytes, describe(address_of(at), bytes).c_str());
+    fail(place, "out of bounds: an atomic operation on %zu bytes%s", bytes, describe(address_of(at), bytes).c_str());
 }
 
 void fence() { memory.fenced = true; }
+
+uintptr_t image_begin() { return memory.image_begin; }
 
 unsigned char* dynamic_shared() { return memory.dynamic; }
 
@@ -215,7 +213,7 @@ void* SharedVariable::data() {
     block_ = machine.block_serial;
     std::memset(memory_, 0xff, bytes_);
     const uintptr_t begin = address_of(memory_);
-    memory.locals.push_back({begin, begin + bytes_, true, "the shared variable at " + text(place_), static_cast<History*>(history_)});
+    memory.locals.push_back({begin, begin + bytes_, true, true, "the shared variable at " + text(place_), static_cast<History*>(history_)});
   }
   return memory_;
 }
@@ -227,7 +225,7 @@ using ldmkit::emulation::memory;
 void ldmkit_emulation_map(const void* pointer, size_t bytes, bool writable, const char* name) {
   const std::lock_guard<std::mutex> guard(memory.mutex);
   const uintptr_t begin = ldmkit::emulation::address_of(pointer);
-  memory.mapped.push_back({begin, begin + bytes, writable, name, writable ? ldmkit::emulation::new_history(bytes) : nullptr});
+  memory.mapped.push_back({begin, begin + bytes, writable, false, name, writable ? ldmkit::emulation::new_history(bytes) : nullptr});
 }
 
 void ldmkit_emulation_unmap(const void* pointer) {

@@ -20,8 +20,8 @@ void memory_for_launch(const void* parameters, size_t parameter_bytes, size_t sh
 void memory_for_block(uint32_t serial);
 
 // Ends the launch if the current thread may not read (write) these bytes, or if another did otherwise with nothing between to order
-// the two. `pc` is where in the code; always true in a build that is not sanitized.
-void check_access(const void* at, size_t bytes, bool writes, uintptr_t pc);
+// the two. Does nothing in a build that is not sanitized.
+void check_access(const void* at, size_t bytes, bool writes, const Place& place);
 
 // Ends the launch if these bytes are not in the block's shared memory, or not aligned to their own number.
 void check_shared(const void* at, size_t bytes, const char* what, const Place& place);

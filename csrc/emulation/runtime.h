@@ -24,12 +24,14 @@ extern dim3 blockDim, gridDim;
 
 namespace ldmkit::emulation {
 
-// Where in the source a kernel stands. A function that can fail takes it last, by default from its caller (LDMKIT_PLACE).
+// Where a kernel stands: a line of the source or, where that is all there is, an address in the code.
 struct Place {
   const char* file;
   int line;
-  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+  uintptr_t pc;
+  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line, 0}; }
 };
+// A function's last parameter: the line that calls it.
 #define LDMKIT_PLACE const ::ldmkit::emulation::Place& place = ::ldmkit::emulation::Place::here()
 
 template <class T>
@@ -90,14 +92,14 @@ void touch_atomic(void* at, size_t bytes, const Place& place);
 void fence();
 
 // The destination is full of NaN, and nobody's to touch, until this thread's cp_async_wait; only then the source is read.
-void cp_async(void* shared, const void* global, size_t bytes, bool valid, LDMKIT_PLACE);
+void cp_async(void* shared, const void* global, size_t bytes, bool valid);
 void cp_async_commit();
 void cp_async_wait(int groups_left);
 
 // Bodies of the wrappers in common.cuh, which documents them.
-void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed, LDMKIT_PLACE);
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half, LDMKIT_PLACE);
-void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], LDMKIT_PLACE);
+void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed);
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half);
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 uint32_t to_tf32(float x);
 
 float half_to_float(uint16_t bits);

@@ -1,6 +1,6 @@
-// What the compiler calls from kernels built with -fsanitize=kernel-address (before each access to memory; the Linux kernel's flavour of
-// AddressSanitizer, which leaves the checking to others) and -fsanitize=undefined. A finding ends the launch, not the process, so
-// that it reaches Python as an exception and a property test can look for a smaller example.
+// What the compiler calls from kernels built with -fsanitize=thread (before each access to memory) and -fsanitize=undefined: the checks
+// are memory.cpp's and this file's, not those of the compiler's libraries. A finding ends the launch, not the process, so that it
+// reaches Python as an exception and a property test can look for a smaller example.
 #include "machine.h"
 #include "memory.h"
 
@@ -8,18 +8,27 @@ using ldmkit::emulation::check_access;
 using ldmkit::emulation::fail;
 using ldmkit::emulation::Place;
 
-#define LDMKIT_CALLER reinterpret_cast<uintptr_t>(__builtin_return_address(0))
-#define LDMKIT_ACCESS(bytes)                                                                             \
-  extern "C" void __asan_load##bytes##_noabort(void* at) { check_access(at, bytes, false, LDMKIT_CALLER); } \
-  extern "C" void __asan_store##bytes##_noabort(void* at) { check_access(at, bytes, true, LDMKIT_CALLER); }
+#define LDMKIT_ACCESS(bytes)                                                                                        \
+  extern "C" void __tsan_read##bytes(const void* at) { check_access(at, bytes, false, LDMKIT_CALLER); }             \
+  extern "C" void __tsan_write##bytes(const void* at) { check_access(at, bytes, true, LDMKIT_CALLER); }             \
+  extern "C" void __tsan_unaligned_read##bytes(const void* at) { check_access(at, bytes, false, LDMKIT_CALLER); }   \
+  extern "C" void __tsan_unaligned_write##bytes(const void* at) { check_access(at, bytes, true, LDMKIT_CALLER); }
 LDMKIT_ACCESS(1)
 LDMKIT_ACCESS(2)
 LDMKIT_ACCESS(4)
 LDMKIT_ACCESS(8)
 LDMKIT_ACCESS(16)
-extern "C" void __asan_loadN_noabort(void* at, size_t bytes) { check_access(at, bytes, false, LDMKIT_CALLER); }
-extern "C" void __asan_storeN_noabort(void* at, size_t bytes) { check_access(at, bytes, true, LDMKIT_CALLER); }
-extern "C" void __asan_handle_no_return() {}
+extern "C" void __tsan_read_range(const void* at, size_t bytes) { check_access(at, bytes, false, LDMKIT_CALLER); }
+extern "C" void __tsan_write_range(const void* at, size_t bytes) { check_access(at, bytes, true, LDMKIT_CALLER); }
+extern "C" void __tsan_init() {}
+
+// Atomics of launchers, and of the flags that guard static variables: done, and no more.
+#define LDMKIT_HOST_ATOMIC(bits, T)                                                                                  \
+  extern "C" T __tsan_atomic##bits##_load(const volatile T* at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); } \
+  extern "C" void __tsan_atomic##bits##_store(volatile T* at, T value, int) { __atomic_store_n(at, value, __ATOMIC_SEQ_CST); }
+LDMKIT_HOST_ATOMIC(8, uint8_t)
+LDMKIT_HOST_ATOMIC(32, uint32_t)
+LDMKIT_HOST_ATOMIC(64, uint64_t)
 
 namespace {
 
@@ -36,13 +45,13 @@ struct TypeMismatch {
 };
 
 [[noreturn]] void undefined(const Finding* finding, const char* what) {
-  fail({finding->file, static_cast<int>(finding->line)}, "undefined behaviour: %s", what);
+  fail({finding->file, static_cast<int>(finding->line), 0}, "undefined behaviour: %s", what);
 }
 
 }  // namespace
 
 extern "C" void __ubsan_handle_type_mismatch_v1(const TypeMismatch* data, uintptr_t pointer) {
-  const Place place = {data->finding.file, static_cast<int>(data->finding.line)};
+  const Place place = {data->finding.file, static_cast<int>(data->finding.line), 0};
   if (pointer == 0) fail(place, "undefined behaviour: access through a null pointer");
   fail(place, "undefined behaviour: access to an address that is not aligned to %u bytes", 1u << data->log_alignment);
 }

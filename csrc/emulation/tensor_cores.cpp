@@ -86,24 +86,25 @@ void multiply_tf32(void* const (&offers)[32], uint32_t) {
 
 }  // namespace
 
-void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed, const Place& place) {
+void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed) {
+  const Place place = LDMKIT_CALLER;
   if (lane_id() < 8 * matrices) {
     check_shared(row, 16, "ldmatrix", place);
     check_aligned(row, 16, "ldmatrix", place);
-    check_access(row, 16, false, reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
+    check_access(row, 16, false, place);
   }
   Rows offer = {static_cast<const unsigned char*>(row), r, matrices};
   meet_warp(~0u, "ldmatrix", &offer, transposed ? load_matrices<true> : load_matrices<false>, place);
 }
 
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half, const Place& place) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half) {
   Fragments offer = {d, a, b};
-  meet_warp(~0u, "mma.m16n8k16", &offer, is_half ? multiply_16_bit<half_to_float> : multiply_16_bit<bfloat16_to_float>, place);
+  meet_warp(~0u, "mma.m16n8k16", &offer, is_half ? multiply_16_bit<half_to_float> : multiply_16_bit<bfloat16_to_float>, LDMKIT_CALLER);
 }
 
-void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Place& place) {
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Fragments offer = {d, a, b};
-  meet_warp(~0u, "mma.m16n8k8.tf32", &offer, multiply_tf32, place);
+  meet_warp(~0u, "mma.m16n8k8.tf32", &offer, multiply_tf32, LDMKIT_CALLER);
 }
 
 uint32_t to_tf32(float x) { return x == x ? (bits_of(x) + 0x1000u) & 0xffffe000u : 0x7fffffffu; }

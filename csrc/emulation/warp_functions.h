@@ -73,7 +73,7 @@ namespace ldmkit::emulation {
 
 // Threads run one at a time, so a plain read and write are atomic; the sanitizer is told by touch_atomic instead.
 template <class T, class Change>
-__attribute__((no_sanitize("address"))) T atomic(T* at, Change change, const Place& place) {
+__attribute__((no_sanitize("thread"))) T atomic(T* at, Change change, const Place& place) {
   touch_atomic(at, sizeof(T), place);
   const T old = *at;
   *at = change(old);

@@ -33,7 +33,7 @@ from torch import Tensor
 from ldmkit.errors import InputError, KernelError
 from ldmkit.kernels.backends import OPS, Implementation
 from ldmkit.kernels.backends import register as register_backend
-from ldmkit.testing.emulation_build import build
+from ldmkit.testing.emulation_build import build, csrc_folder
 
 BACKEND = "cuda-emulated"
 SCHEDULES = ("forward", "reverse", "random")
@@ -62,15 +62,16 @@ def register(*, sanitize: bool = True) -> None:
 
 def implementation(module: ModuleType, op: str) -> Implementation:
     """An op's emulated kernels, in a module that `load` gave."""
-    forward, backward = (_on_device(module, getattr(module, f"{op}_{way}_cuda")) for way in ("forward", "backward"))
+    forward, backward = (on_device(module, getattr(module, f"{op}_{way}_cuda")) for way in ("forward", "backward"))
     return Implementation(forward=forward, backward=backward, device="cpu")
 
 
 def load(library: Path) -> ModuleType:
     """Imports what `build` made. Its functions take and give tensors in the host's memory."""
     if library not in _loaded:
-        loader = importlib.machinery.ExtensionFileLoader("_emulated", str(library))
-        spec = importlib.util.spec_from_file_location("_emulated", library, loader=loader)
+        name = f"ldmkit_{library.stem}._emulated"  # pybind11 makes one module of a name, whatever the file
+        loader = importlib.machinery.ExtensionFileLoader(name, str(library))
+        spec = importlib.util.spec_from_file_location(name, library, loader=loader)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
         loader.exec_module(module)
@@ -121,22 +122,33 @@ def _check(name: str) -> None:
         raise InputError(f"the schedule is {name!r}; it must be one of {', '.join(SCHEDULES)}")
 
 
-def _on_device(module: ModuleType, function: Callable[..., Any]) -> Callable[..., Any]:
+def on_device(module: ModuleType, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with its arguments in the emulated device's memory and its failures as KernelErrors."""
+    assert module.__file__ is not None
+    path = Path(module.__file__)
+    library = _loaded[path][1]
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         with _device:
-            module.enter_device([a for a in arguments if isinstance(a, Tensor)])
+            for number, tensor in enumerate(a for a in arguments if isinstance(a, Tensor)):
+                map_memory(library, tensor, f"tensor argument {number}")
+            library.ldmkit_emulation_enter()
             try:
                 return function(*arguments)
             except RuntimeError as error:
-                assert module.__file__ is not None
-                raise KernelError(name_lines(str(error).partition("\nException raised from")[0], module.__file__)) from None
+                raise KernelError(name_lines(str(error).partition("\nException raised from")[0], path)) from None
             finally:
-                module.leave_device()
+                library.ldmkit_emulation_leave()
 
     return call
+
+
+def map_memory(library: ctypes.CDLL, tensor: Tensor, name: str, *, writable: bool = False) -> None:
+    """Lets kernels touch a tensor's storage until it is unmapped; `name` is how failures call it."""
+    storage = tensor.untyped_storage()
+    pointer, size = ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes())
+    library.ldmkit_emulation_map(pointer, size, ctypes.c_bool(writable), name.encode())
 
 
 def name_lines(message: str, library: str | Path) -> str:
@@ -144,7 +156,7 @@ def name_lines(message: str, library: str | Path) -> str:
     offsets = sorted(set(re.findall(r"\+0x[0-9a-f]+", message)))
     for offset in offsets:
         lines = _source_lines(library, int(offset, 16) - 1)  # of the call, not of the instruction it returns to
-        place = next((line for line in lines if ".cu:" in line), None)
+        place = next((line for line in lines if re.search(r"\.cuh?:", line) and "common.cuh:" not in line), None)
         if place is not None:
             message = message.replace(offset, place)
     return message
@@ -157,4 +169,4 @@ def _source_lines(library: str | Path, offset: int) -> Sequence[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return []
-    return [re.sub(r"^.*/csrc/", "csrc/", line.partition(" (")[0]) for line in done.stdout.splitlines()]
+    return [line.partition(" (")[0].removeprefix(f"{csrc_folder()}/") for line in done.stdout.splitlines()]
