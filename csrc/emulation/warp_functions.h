@@ -15,6 +15,7 @@ namespace ldmkit::emulation {
 // From lane `source`, if that is in the caller's segment of `width` lanes; else the caller's own value.
 template <class T>
 T shuffle_within(unsigned mask, const char* what, T value, int source, int width, const Place& place) {
+  static_assert(sizeof(T) <= 16, "a shuffle moves up to 16 bytes");
   const int first = lane_id() / width * width;
   const bool inside = source >= first && source < first + width;
   shuffle(mask, what, &value, sizeof(T), inside ? source : lane_id(), place);

@@ -130,7 +130,7 @@ __global__ void run_order(int* order, int* next) {
 }
 
 // One mistake each, by number; `x` has 64 numbers, `y` is as large and may be written.
-__global__ void mistake(int which, const float* x, float* y) {
+__global__ void mistake(int which, const float* x, float* y, const float* elsewhere) {
   SHARED(float, tile, [64]);
   const int i = static_cast<int>(threadIdx.x);
   if (which != 14) tile[i] = x[i];
@@ -186,7 +186,7 @@ __global__ void mistake(int which, const float* x, float* y) {
       y[i] = static_cast<float>(local[i / 8]);
       return;
     }
-    case 16: y[i] = *reinterpret_cast<const float*>(&blockDim + 100000); return;  // the host's memory
+    case 16: y[i] = *elsewhere; return;  // the host's memory
     case 17:  // a shuffle does not order memory
       tile[i] = __shfl_xor_sync(~0u, x[i], 1);
       y[i] = tile[i ^ 1];
@@ -197,6 +197,15 @@ __global__ void mistake(int which, const float* x, float* y) {
       return;
     case 19: y[i] = atomicAdd(reinterpret_cast<int*>(y) + 64, 1); return;
     default: y[i] = tile[i];
+  }
+}
+
+__global__ void formats(const float* x, uint32_t* half, uint32_t* bfloat16, uint32_t* tf32, float* exp2, int count) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
+    half[i] = pack_registers<__half>(x[i], 1.0f);
+    bfloat16[i] = pack_registers<__nv_bfloat16>(x[i], 1.0f);
+    tf32[i] = to_tf32(x[i]);
+    exp2[i] = fast_exp2(x[i]);
   }
 }
 
@@ -224,16 +233,14 @@ PROBE probe_copy_groups(const float* from, float* out, int valid, int waits) {
 }
 PROBE probe_read_unwritten(unsigned* out) { return LAUNCH(read_unwritten, 3, 32, 128, nullptr, out); }
 PROBE probe_run_order(int* order, int* next) { return LAUNCH(run_order, 5, 64, 0, nullptr, order, next); }
-PROBE probe_mistake(int which, const float* x, float* y) { return LAUNCH(mistake, 1, 64, 0, nullptr, which, x, y); }
+PROBE probe_mistake(int which, const float* x, float* y) {
+  const float here = 0;
+  return LAUNCH(mistake, 1, 64, 0, nullptr, which, x, y, &here);
+}
 PROBE probe_shuffle_often(int* out, int calls) { return LAUNCH(shuffle_often, 1, 32, 0, nullptr, out, calls); }
 PROBE probe_configuration(unsigned grid_y, unsigned threads, size_t shared_bytes, int* out) {
   return LAUNCH(shuffle_often, dim3(1, grid_y), threads, shared_bytes, nullptr, out, 0);
 }
-PROBE probe_formats(const float* values, uint16_t* half, uint16_t* bfloat16, uint32_t* tf32, int count) {
-  for (int i = 0; i < count; ++i) {
-    half[i] = __half_as_ushort(__float2half_rn(values[i]));
-    bfloat16[i] = __bfloat16_as_ushort(__float2bfloat16_rn(values[i]));
-    tf32[i] = to_tf32(values[i]);
-  }
-  return 0;
+PROBE probe_formats(const float* x, uint32_t* half, uint32_t* bfloat16, uint32_t* tf32, float* exp2, int count) {
+  return LAUNCH(formats, 1, 1024, 0, nullptr, x, half, bfloat16, tf32, exp2, count);
 }
