@@ -21,8 +21,8 @@ struct Copy {  // a cp.async under way
 struct Thread {
   Fiber fiber;
   uint3 index;
-  const char* waits_in;  // null while it can run
-  Place place;           // where it waits
+  const char* waits_in;  // where it waits, unless it is ready
+  Place place;
   int groups = 0;        // of cp.async, closed so far
   std::vector<Copy> copies;
 };

@@ -3,41 +3,15 @@
 #include <link.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <mutex>
-#include <unordered_set>
+#include <vector>
 
+#include "history.h"
 #include "machine.h"
 
 namespace ldmkit::emulation {
 namespace {
-
-// One access to two bytes: no kernel of ours splits a 16-bit element between threads. Zeros are none.
-struct Access {
-  uint32_t time;
-  uint32_t pc;      // from the library's beginning
-  uint16_t thread;  // its rank, plus 1
-};
-
-// The accesses of one block that later ones may race with. Two readers: any writer is another thread than one of them.
-struct History {
-  uint32_t block;
-  bool reserved;
-  Access write, reads[2];
-};
-
-struct Region {
-  uintptr_t begin, end;
-  bool writable;
-  bool shared;  // between the threads of a block, not between blocks
-  std::string name;
-  History* history;  // null: is not recorded
-};
-
-History* new_history(size_t bytes) {
-  return kSanitized ? static_cast<History*>(std::calloc(bytes / 2 + 1, sizeof(History))) : nullptr;
-}
 
 uintptr_t address_of(const void* at) { return reinterpret_cast<uintptr_t>(at); }
 
@@ -48,9 +22,6 @@ struct Memory {
   size_t statics = 0;           // locals from here on are the block's static variables
   unsigned char* dynamic = static_cast<unsigned char*>(std::aligned_alloc(128, kMostShared + 256)) + 16;  // 16-byte aligned, no more
   History* dynamic_history = new_history(kMostShared);
-  uint32_t first_block = 0;     // of this launch
-  bool fenced = false, acquired = false;
-  std::unordered_set<uint32_t> released;  // blocks whose writes an atomic made known
   uintptr_t image_begin = 0, image_end = 0;
 
   Memory() { dl_iterate_phdr(&find_image, this); }
@@ -95,58 +66,10 @@ std::string describe(uintptr_t at, size_t bytes) {
   return ", " + std::to_string(at + bytes - nearest->end) + " of them past the end of " + whole;
 }
 
-// Whether something between orders another thread's access before the current thread's next one.
-bool ordered(const Access& access) {
-  const int other = access.thread - 1;
-  if (other == machine.current || machine.synced > access.time) return true;
-  if (other / 32 != machine.current / 32) return false;
-  return machine.warp().synced > access.time || machine.warp().pairs[lane_id()][other % 32] > access.time;
-}
-
-[[noreturn]] void race(const Region& region, uintptr_t at, bool writes, bool wrote, const std::string& who, uint32_t their_pc,
-                       const Place& place) {
-  fail(place, "race: it %s byte %zu of %s, which %s %s at %s, and nothing orders the two", writes ? "writes" : "reads",
-       at - region.begin, region.name.c_str(), who.c_str(), wrote ? "wrote" : "read",
-       text(Place{"", 0, memory.image_begin + their_pc}).c_str());
-}
-
-void check_thread(const Region& region, uintptr_t at, bool writes, bool wrote, const Access& access, const Place& place) {
-  if (access.thread == 0 || ordered(access)) return;
-  race(region, at, writes, wrote, "thread " + text(machine.threads[access.thread - 1u]->index), access.pc, place);
-}
-
-// Blocks are ordered only as in the programming guide's "Memory fence functions": writes, __threadfence, atomic; atomic, reads.
-void check_block(const Region& region, uintptr_t at, bool writes, const History& history, const Place& place) {
-  if (memory.acquired && memory.released.count(history.block) != 0) return;
-  const Access& read = history.reads[0];
-  if (history.write.thread != 0) race(region, at, writes, true, "another block", history.write.pc, place);
-  if (writes && read.thread != 0) race(region, at, writes, false, "another block", read.pc, place);
-}
-
-void record(const Region& region, uintptr_t at, bool writes, History& history, const Place& place) {
-  if (history.block != machine.block_serial) {
-    if (!region.shared && history.block >= memory.first_block) check_block(region, at, writes, history, place);
-    history = {machine.block_serial, false, {}, {}};
-  }
-  if (history.reserved)
-    fail(place, "it %s byte %zu of %s, to which a cp.async is still under way", writes ? "writes" : "reads", at - region.begin,
-         region.name.c_str());
-  const Access mine = {machine.now, static_cast<uint32_t>(place.pc - memory.image_begin), static_cast<uint16_t>(machine.current + 1)};
-  check_thread(region, at, writes, true, history.write, place);
-  if (writes) {
-    for (const Access& read : history.reads) check_thread(region, at, writes, false, read, place);
-    history.write = mine;
-    history.reads[0] = history.reads[1] = {};
-  } else {
-    history.reads[history.reads[0].thread != 0 && history.reads[0].thread != mine.thread] = mine;
-  }
-}
-
 }  // namespace
 
 void memory_for_launch(const void* parameters, size_t parameter_bytes, size_t shared_bytes) {
-  memory.first_block = machine.block_serial + 1;
-  memory.released.clear();
+  order_for_launch();
   memory.locals.clear();
   const uintptr_t begin = address_of(parameters), dynamic = address_of(memory.dynamic);
   memory.locals.push_back({dynamic, dynamic + shared_bytes, true, true, "dynamic shared memory", memory.dynamic_history});
@@ -154,9 +77,9 @@ void memory_for_launch(const void* parameters, size_t parameter_bytes, size_t sh
   memory.statics = memory.locals.size();
 }
 
-void memory_for_block(uint32_t) {
+void memory_for_block() {
+  order_for_block();
   memory.locals.resize(memory.statics);
-  memory.fenced = memory.acquired = false;
   std::memset(memory.dynamic, 0xff, memory.locals[0].end - memory.locals[0].begin);
 }
 
@@ -192,14 +115,11 @@ void reserve(const void* pointer, size_t bytes, bool reserved) {
 }
 
 void touch_atomic(void* at, size_t bytes, const Place& place) {
-  if (memory.fenced) memory.released.insert(machine.block_serial);
-  memory.acquired = true;
+  order_by_atomic();
   const Region* region = memory.find(address_of(at), bytes);
   if (kSanitized && (region == nullptr || !region->writable))
     fail(place, "out of bounds: an atomic operation on %zu bytes%s", bytes, describe(address_of(at), bytes).c_str());
 }
-
-void fence() { memory.fenced = true; }
 
 uintptr_t image_begin() { return memory.image_begin; }
 

@@ -17,7 +17,7 @@ constexpr bool kSanitized = false;
 #endif
 
 void memory_for_launch(const void* parameters, size_t parameter_bytes, size_t shared_bytes);
-void memory_for_block(uint32_t serial);
+void memory_for_block();
 
 // Ends the launch if the current thread may not read (write) these bytes, or if another did otherwise with nothing between to order
 // the two. Does nothing in a build that is not sanitized.
