@@ -1,5 +1,6 @@
-// What ldmkit's kernels ask of the hardware beyond plain CUDA C++. Everything here has two bodies: PTX for the GPU (sm_80 and later),
-// and one for the host (LDMKIT_EMULATION), where csrc/emulation runs the same .cu, one fiber per thread. Kernels therefore use
+// What ldmkit's kernels ask of the hardware beyond plain CUDA C++. Everything here has two bodies: PTX for the GPU (sm_80 and
+// later), and one for the host (LDMKIT_EMULATION), where csrc/emulation runs the same .cu, one fiber per thread. Kernels
+// therefore use
 //   LAUNCH, SHARED and DYNAMIC_SHARED      instead of <<<>>> and __shared__,
 //   cp_async*, ldmatrix*, mma*, fast_exp2  instead of inline PTX,
 // and plain CUDA for the rest: __syncthreads, shuffles, votes, __reduce_*_sync, integer atomics, __ldg, cooperative_groups.
@@ -42,7 +43,8 @@
 namespace ldmkit {
 
 template <class... Parameters, class... Arguments>
-int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, void (*kernel)(Parameters...), Arguments... arguments) {
+int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, void (*kernel)(Parameters...),
+           Arguments... arguments) {
   if (shared_bytes > 48 * 1024) {  // what a kernel gets unasked
     const int code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes));
@@ -169,8 +171,9 @@ __device__ inline void cp_async_wait() {
 #endif
 }
 
-// ldmatrix: 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 i + j names row j of matrix i, 16 bytes, 16-byte aligned;
-// r[i] of lane l gets elements (l / 4, 2 (l % 4) + {0, 1}) of matrix i, of its transpose with _trans. x2 reads the rows of lanes 0..15.
+// ldmatrix: 8 x 8 matrices of 16-bit elements from shared memory. Lane 8 i + j names row j of matrix i, 16 bytes, 16-byte
+// aligned; r[i] of lane l gets elements (l / 4, 2 (l % 4) + {0, 1}) of matrix i, of its transpose with _trans. x2 reads the
+// rows of lanes 0..15.
 #ifdef LDMKIT_EMULATION
 #define LDMKIT_LDMATRIX(name, count, trans)                               \
   __device__ inline void name(uint32_t (&r)[count], const void* row) {    \
@@ -182,10 +185,13 @@ LDMKIT_LDMATRIX(ldmatrix_x4, 4, false)
 LDMKIT_LDMATRIX(ldmatrix_x4_trans, 4, true)
 #undef LDMKIT_LDMATRIX
 #else
-#define LDMKIT_LDMATRIX_X2(name, trans)                                                                                             \
-  __device__ inline void name(uint32_t (&r)[2], const void* row) {                                                                  \
-    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));                                                     \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory"); \
+#define LDMKIT_LDMATRIX_X2(name, trans)                                              \
+  __device__ inline void name(uint32_t (&r)[2], const void* row) {                   \
+    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));      \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2" trans ".shared.b16 {%0, %1}, [%2];" \
+                 : "=r"(r[0]), "=r"(r[1])                                            \
+                 : "r"(from)                                                         \
+                 : "memory");                                                        \
   }
 #define LDMKIT_LDMATRIX_X4(name, trans)                                                              \
   __device__ inline void name(uint32_t (&r)[4], const void* row) {                                   \
@@ -229,15 +235,16 @@ __device__ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const
 #endif
 }
 
-// The same with a 16 x 8, b 8 x 8, both tf32 (the low 13 bits of a register are ignored): a[0..3] are (g, t), (g + 8, t), (g, t + 4),
-// (g + 8, t + 4); b[0..1] are (t, g), (t + 4, g).
+// The same with a 16 x 8, b 8 x 8, both tf32 (the low 13 bits of a register are ignored): a[0..3] are (g, t), (g + 8, t),
+// (g, t + 4), (g + 8, t + 4); b[0..1] are (t, g), (t + 4, g).
 __device__ inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef LDMKIT_EMULATION
   emulation::mma_m16n8k8_tf32(d, a, b);
 #else
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 

@@ -56,7 +56,8 @@ void record(const Region& region, uintptr_t at, bool writes, History& history, c
   if (history.reserved)
     fail(place, "it %s byte %zu of %s, to which a cp.async is still under way", writes ? "writes" : "reads", at - region.begin,
          region.name.c_str());
-  const Access mine = {machine.now, static_cast<uint32_t>(place.pc - image_begin()), static_cast<uint16_t>(machine.current + 1)};
+  const auto pc = static_cast<uint32_t>(place.pc - image_begin());
+  const Access mine = {machine.now, pc, static_cast<uint16_t>(machine.current + 1)};
   check_thread(region, at, writes, true, history.write, place);
   if (writes) {
     for (const Access& read : history.reads) check_thread(region, at, writes, false, read, place);

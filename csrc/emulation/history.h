@@ -14,7 +14,8 @@ struct Access {
   uint16_t thread;  // its rank, plus 1
 };
 
-// The accesses of one block that later ones may race with. Of many readers two will do: a writer is another thread than one of them.
+// The accesses of one block that later ones may race with. Of many readers two will do: a writer is another thread than one of
+// them.
 struct History {
   uint32_t block;
   bool reserved;

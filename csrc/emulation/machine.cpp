@@ -79,8 +79,8 @@ void Machine::deadlock() {
       if (waits_alike(i, other)) ++alike, first = other;
     const Thread& thread = *threads[static_cast<size_t>(i)];
     if (first == i)
-      who += "\n  " + std::to_string(alike) + " threads, the first " + text(thread.index) + ", wait in " + thread.waits_in + " at " +
-             text(thread.place);
+      who += "\n  " + std::to_string(alike) + " threads, the first " + text(thread.index) + ", wait in " + thread.waits_in +
+             " at " + text(thread.place);
   }
   give_up("deadlock: kernel " + kernel + ", block " + text(blockIdx) + ": no thread can go on" + who);
 }

@@ -7,8 +7,8 @@ namespace ldmkit::emulation {
 
 Votes meet_block(int value, const Place& place) {
   Barrier& barrier = machine.barrier;
-  if (machine.alive < machine.count)
-    fail(place, "divergent barrier: %d of %d threads ended before this __syncthreads", machine.count - machine.alive, machine.count);
+  const int ended = machine.count - machine.alive;
+  if (ended > 0) fail(place, "divergent barrier: %d of %d threads ended before this __syncthreads", ended, machine.count);
   if (barrier.arrived == 0) {
     barrier.place = place;
   } else if (!same(barrier.place, place)) {
@@ -32,8 +32,9 @@ void meet_warp(uint32_t mask, const char* what, void* offer, Complete complete, 
   Warp& warp = machine.warp();
   const int lane = lane_id();
   if ((mask >> lane & 1) == 0) fail(place, "%s with mask 0x%08x, in which the calling lane %d is not", what, mask, lane);
-  if ((mask & ~warp.exists) != 0) fail(place, "%s with mask 0x%08x, but the warp has lanes 0x%08x only", what, mask, warp.exists);
-  if ((mask & warp.ended) != 0) fail(place, "%s with mask 0x%08x, of which lanes 0x%08x have ended", what, mask, mask & warp.ended);
+  const uint32_t absent = mask & ~warp.exists, ended = mask & warp.ended;
+  if (absent != 0) fail(place, "%s with mask 0x%08x, of which the block has no lanes 0x%08x", what, mask, absent);
+  if (ended != 0) fail(place, "%s with mask 0x%08x, of which lanes 0x%08x have ended", what, mask, ended);
   auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(), [=](const Meeting& m) { return m.mask == mask; });
   if (meeting == warp.meetings.end()) meeting = warp.meetings.insert(meeting, {mask, 0, what, place, {}});
   if (meeting->what != what && std::strcmp(meeting->what, what) != 0)

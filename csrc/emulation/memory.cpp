@@ -16,11 +16,11 @@ namespace {
 uintptr_t address_of(const void* at) { return reinterpret_cast<uintptr_t>(at); }
 
 struct Memory {
-  std::mutex mutex;             // of `mapped`, between launches
-  std::vector<Region> mapped;   // tensors
-  std::vector<Region> locals;   // parameters and shared memory
-  size_t statics = 0;           // locals from here on are the block's static variables
-  unsigned char* dynamic = static_cast<unsigned char*>(std::aligned_alloc(128, kMostShared + 256)) + 16;  // 16-byte aligned, no more
+  std::mutex mutex;            // of `mapped`, between launches
+  std::vector<Region> mapped;  // tensors
+  std::vector<Region> locals;  // parameters and shared memory
+  size_t statics = 0;          // locals from here on are the block's static variables
+  unsigned char* dynamic = static_cast<unsigned char*>(std::aligned_alloc(128, kMostShared + 256)) + 16;  // aligned to 16 alone
   History* dynamic_history = new_history(kMostShared);
   uintptr_t image_begin = 0, image_end = 0;
 
@@ -133,7 +133,8 @@ void* SharedVariable::data() {
     block_ = machine.block_serial;
     std::memset(memory_, 0xff, bytes_);
     const uintptr_t begin = address_of(memory_);
-    memory.locals.push_back({begin, begin + bytes_, true, true, "the shared variable at " + text(place_), static_cast<History*>(history_)});
+    const std::string name = "the shared variable at " + text(place_);
+    memory.locals.push_back({begin, begin + bytes_, true, true, name, static_cast<History*>(history_)});
   }
   return memory_;
 }
@@ -145,7 +146,8 @@ using ldmkit::emulation::memory;
 void ldmkit_emulation_map(const void* pointer, size_t bytes, bool writable, const char* name) {
   const std::lock_guard<std::mutex> guard(memory.mutex);
   const uintptr_t begin = ldmkit::emulation::address_of(pointer);
-  memory.mapped.push_back({begin, begin + bytes, writable, false, name, writable ? ldmkit::emulation::new_history(bytes) : nullptr});
+  auto* history = writable ? ldmkit::emulation::new_history(bytes) : nullptr;
+  memory.mapped.push_back({begin, begin + bytes, writable, false, name, history});
 }
 
 void ldmkit_emulation_unmap(const void* pointer) {

@@ -19,8 +19,8 @@ constexpr bool kSanitized = false;
 void memory_for_launch(const void* parameters, size_t parameter_bytes, size_t shared_bytes);
 void memory_for_block();
 
-// Ends the launch if the current thread may not read (write) these bytes, or if another did otherwise with nothing between to order
-// the two. Does nothing in a build that is not sanitized.
+// Ends the launch if the current thread may not read (write) these bytes, or if another did otherwise with nothing between to
+// order the two. Does nothing in a build that is not sanitized.
 void check_access(const void* at, size_t bytes, bool writes, const Place& place);
 
 // Ends the launch if these bytes are not in the block's shared memory, or not aligned to their own number.

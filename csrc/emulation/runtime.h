@@ -1,6 +1,7 @@
-// The machine that csrc/emulation's CUDA headers run on: one fiber per CUDA thread, all on one thread of the host. Blocks run one
-// after another; a thread runs until it must wait for others (barrier, shuffle, ...), and the schedule picks who goes on. A mistake
-// that a GPU would answer with a hang, a trap or silence ends the launch with an error code; cudaGetErrorString says what and where.
+// The machine that csrc/emulation's CUDA headers run on: one fiber per CUDA thread, all on one thread of the host. Blocks run
+// one after another; a thread runs until it must wait for others (barrier, shuffle, ...), and the schedule picks who goes on. A
+// mistake that a GPU would answer with a hang, a trap or silence ends the launch with an error code; cudaGetErrorString says
+// what and where.
 #pragma once
 
 #include <cstddef>
@@ -109,8 +110,8 @@ uint16_t float_to_bfloat16(float value);
 
 }  // namespace ldmkit::emulation
 
-// For tests, which load the library. Who goes on when a thread waits: 0 the first that can (the default), 1 the last, 2 any, by seed;
-// blocks are ordered alike.
+// For tests, which load the library. Who goes on when a thread waits: 0 the first that can (the default), 1 the last, 2 any, by
+// seed; blocks are ordered alike.
 #define LDMKIT_EXPORT extern "C" __attribute__((visibility("default")))
 LDMKIT_EXPORT void ldmkit_emulation_schedule(int kind, uint64_t seed);
 // Lets kernels touch memory of the host, until it is unmapped (null: all of it). In a sanitized build they may touch no other.

@@ -1,6 +1,6 @@
-// What the compiler calls from kernels built with -fsanitize=thread (before each access to memory) and -fsanitize=undefined: the checks
-// are memory.cpp's and this file's, not those of the compiler's libraries. A finding ends the launch, not the process, so that it
-// reaches Python as an exception and a property test can look for a smaller example.
+// What the compiler calls from kernels built with -fsanitize=thread (before each access to memory) and -fsanitize=undefined:
+// the checks are memory.cpp's and this file's, not those of the compiler's libraries. A finding ends the launch, not the
+// process, so that it reaches Python as an exception and a property test can look for a smaller example.
 #include "machine.h"
 #include "memory.h"
 

@@ -48,8 +48,10 @@ template <int K>
 void multiply(void* const (&offers)[32], const float (&a)[16][K], const float (&b)[K][8]) {
   float d[16][8];
   const auto exchange = [&](auto&& move) {
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) move(static_cast<Fragments*>(offers[lane])->d[i], d[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2]);
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) move(static_cast<Fragments*>(offers[lane])->d[i], d[g + 8 * (i / 2)][2 * t + i % 2]);
+    }
   };
   exchange([](float& mine, float& element) { element = mine; });
   for (int m = 0; m < 16; ++m)
@@ -65,9 +67,9 @@ void multiply_16_bit(void* const (&offers)[32], uint32_t) {
     const auto& mine = *static_cast<Fragments*>(offers[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int half = 0; half < 2; ++half) {
-      const int shift = 16 * half;
-      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = widen(static_cast<uint16_t>(mine.a[i] >> shift));
-      for (int i = 0; i < 2; ++i) b[2 * t + half + 8 * i][g] = widen(static_cast<uint16_t>(mine.b[i] >> shift));
+      const auto element = [&](uint32_t pair) { return widen(static_cast<uint16_t>(pair >> 16 * half)); };
+      for (int i = 0; i < 4; ++i) a[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = element(mine.a[i]);
+      for (int i = 0; i < 2; ++i) b[2 * t + half + 8 * i][g] = element(mine.b[i]);
     }
   }
   multiply(offers, a, b);
@@ -99,7 +101,8 @@ void ldmatrix(uint32_t* r, const void* row, int matrices, bool transposed) {
 
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool is_half) {
   Fragments offer = {d, a, b};
-  meet_warp(~0u, "mma.m16n8k16", &offer, is_half ? multiply_16_bit<half_to_float> : multiply_16_bit<bfloat16_to_float>, LDMKIT_CALLER);
+  const Complete complete = is_half ? multiply_16_bit<half_to_float> : multiply_16_bit<bfloat16_to_float>;
+  meet_warp(~0u, "mma.m16n8k16", &offer, complete, LDMKIT_CALLER);
 }
 
 void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -1,5 +1,5 @@
-// Barriers, shuffles, votes, reductions over a warp, and integer atomics, by CUDA's names. There are no float atomics: their result
-// depends on the order of threads, and a kernel of ours that used one must not compile.
+// Barriers, shuffles, votes, reductions over a warp, and integer atomics, by CUDA's names. There are no float atomics: their
+// result depends on the order of threads, and a kernel of ours that used one must not compile.
 #pragma once
 
 #include "runtime.h"

@@ -1,4 +1,5 @@
-// Small kernels, each of which shows one thing that the emulated GPU does. tests/kernels/test_emulation.py has the expected values.
+// Small kernels, each of which shows one thing that the emulated GPU does. tests/kernels/test_emulation.py has the expected
+// values.
 #include <cooperative_groups.h>
 
 #include "common.cuh"
