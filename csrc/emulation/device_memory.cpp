@@ -3,14 +3,19 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <thread>
 
 #include "runtime.h"
 
 namespace {
 
+at::Allocator* host_allocator = nullptr;
+std::thread::id caller;  // other threads of the process allocate as ever
+
 // As torch's own for the CPU, but full of NaN.
 struct DeviceAllocator final : at::Allocator {
   at::DataPtr allocate(size_t bytes) override {
+    if (std::this_thread::get_id() != caller) return host_allocator->allocate(bytes);
     constexpr size_t kAlignment = 64;
     void* memory = bytes == 0 ? nullptr : std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
     TORCH_CHECK(memory != nullptr || bytes == 0, "out of memory: ", bytes, " bytes");
@@ -30,13 +35,12 @@ struct DeviceAllocator final : at::Allocator {
   }
 };
 
-at::Allocator* host_allocator = nullptr;
-
 }  // namespace
 
 LDMKIT_EXPORT void ldmkit_emulation_enter() {
   static DeviceAllocator allocator;
   host_allocator = c10::GetCPUAllocator();
+  caller = std::this_thread::get_id();
   c10::SetCPUAllocator(&allocator);
 }
 
