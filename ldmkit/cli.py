@@ -20,13 +20,14 @@ COMMANDS = {
     "plugins": "list the installed plugins, their parts, and what is wrong with those that failed",
     "schema": "print the JSON schema of a part's config",
     "kernels": "show which kernels this machine has and which are chosen",
+    "verify": "check kernels on this machine against the contract: exact, deterministic, safe",
 }
 """Name and summary of each subcommand; its module is `ldmkit.commands.<name>`."""
 
 EPILOG = """\
 exit codes:
   0    done
-  1    an unexpected failure (with its traceback)
+  1    an unexpected failure (with its traceback); from verify: a property does not hold
   2    wrong usage or input: one line says what, and the way out
   130  interrupted
 

@@ -13,6 +13,8 @@ there (16 to 64 queries, measured with AVX-512)."""
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q k^T + mask) v; mask is None or broadcasts to (B, H, L, S), bool (True = attend) or additive."""
+    if mask is not None:
+        k, v = without_hidden(k, mask), without_hidden(v, mask)
     if q.is_cpu:
         dtype = q.dtype
         if dtype.itemsize == 2 and q.shape[2] * k.shape[2] <= SMALL and torch.is_grad_enabled():
@@ -42,13 +44,23 @@ def attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sca
     return weights_BHLS @ v
 
 
+def without_hidden(keys: Tensor, mask: Tensor) -> Tensor:
+    """Keys (or values) with those set to 0 that no query of a head may see: 0 times a NaN in them would be NaN."""
+    seen_BHLS = mask if mask.dtype == torch.bool else mask != float("-inf")
+    return keys.masked_fill(~seen_BHLS.any(dim=2)[..., None], 0.0)
+
+
 def log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """log sum exp(scale q k^T + mask) over keys, (B, H, L), in at least float32."""
+    """log sum exp(scale q k^T + mask) over keys, (B, H, L), in at least float32; -inf, with gradient 0, where there is none."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
+        k = k if mask is None else without_hidden(k, mask)
         scores_BHLS = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)
         if mask is None:
             return scores_BHLS.logsumexp(dim=-1)
-        if mask.dtype == torch.bool:
-            return scores_BHLS.masked_fill(~mask, float("-inf")).logsumexp(dim=-1)
-        return (scores_BHLS + mask).logsumexp(dim=-1)
+        seen_BHLS = mask if mask.dtype == torch.bool else mask != float("-inf")
+        dead_BHL = ~seen_BHLS.any(dim=-1)
+        added = scores_BHLS if mask.dtype == torch.bool else scores_BHLS + mask.masked_fill(~seen_BHLS, 0.0)
+        # A dead row keeps its scores, and loses their sum: the gradient of a row of -inf would be NaN.
+        live_BHLS = added.masked_fill(~(seen_BHLS | dead_BHL[..., None]), float("-inf"))
+        return live_BHLS.logsumexp(dim=-1).masked_fill(dead_BHL, float("-inf"))

@@ -29,7 +29,8 @@ def group_norm_silu(
         return _affine(x, weight, bias)
     # torch.group_norm rather than F.group_norm: the latter refuses a group of one value.
     y = torch.group_norm(x, num_groups, weight, bias, eps)
-    y = y.contiguous(memory_format=memory_format)  # torch's kernels do not all keep it
+    # Torch's kernels do not all keep the memory format. Moving dimensions works under vmap, which knows no memory formats.
+    y = y.contiguous() if memory_format == torch.contiguous_format else y.movedim(1, -1).contiguous().movedim(-1, 1)
     if not silu:
         return y
     return F.silu(y, inplace=not y.requires_grad)  # y is ours, and nobody needs it again unless backward does
