@@ -1,4 +1,4 @@
-"""`ldmkit verify OP`: checks a kernel on this machine against the contract's properties, and prints what held and how exactly."""
+"""`ldmkit verify OP`: checks kernels on this machine against the contract's properties, and says what held and how exactly."""
 
 from __future__ import annotations
 

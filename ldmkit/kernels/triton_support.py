@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -70,12 +70,18 @@ TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "
 
 
 def _late(op: str, name: str) -> Callable[..., Any]:
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"ldmkit.kernels.{op}.triton"), name)
-        return function
-
     def call(*arguments: Any) -> Any:
-        return load()(*arguments)
+        _import(op)
+        return getattr(_modules[op], name)(*arguments)
 
     return call
+
+
+_modules: dict[str, ModuleType] = {}
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into an import; what it gives it cannot take as a constant
+def _import(op: str) -> bool:
+    if op not in _modules:
+        _modules[op] = importlib.import_module(f"ldmkit.kernels.{op}.triton")
+    return True

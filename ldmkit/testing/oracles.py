@@ -1,8 +1,8 @@
 """The kernel ops twice: by their formulas in float64, and as plain torch spells them. Arguments as in `ldmkit.kernels`.
 
 The formulas are written without torch's fused functions and apart from `ldmkit.kernels.<op>.reference`, so that they share no
-mistake with what they judge. All are differentiable. The plain ones are what a kernel's error is measured by: one torch function
-after another, each result rounded to the dtype.
+mistake with what they judge. All are differentiable. The plain ones are what a kernel's error is measured by: one torch
+function after another, each result rounded to the dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ INF = math.inf
 
 def _phi(x: Tensor) -> Tensor:
     """The normal distribution function; erfc keeps its relative accuracy in the left tail, where 1 + erf cancels."""
-    return torch.special.erfc(x * -math.sqrt(0.5)) / 2
+    twice: Tensor = torch.special.erfc(x * -math.sqrt(0.5))
+    return twice / 2
 
 
 def geglu(x: Tensor) -> Tensor:

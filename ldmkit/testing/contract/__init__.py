@@ -36,6 +36,7 @@ _OWN: Mapping[str, tuple[Property, ...]] = {
     module.OP.name: module.PROPERTIES for module in (geglu, geglu_linear, group_norm_silu, cross_attention)
 }
 
+EMULATED = "cuda-emulated"
 LIBRARY_PRODUCTS = "it uses the library's matrix products, whose rounding follows the number of rows"
 PLAIN_TORCH = "plain torch's kernels split their work by batch and threads"
 
@@ -141,6 +142,8 @@ def _device_of(op: str, backend: str) -> str:
     if backend == "reference":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if backend == EMULATED:
+        from ldmkit.testing import emulation  # compiles, in a checkout
+
         emulation.register()
     known = backends.names()
     if backend not in known:

@@ -3,8 +3,8 @@
     error <= 2 x plain torch's error + 2 eps max|exact| c + 2 eps' terms
 
 in max norm, for the output and every gradient, where `exact` is the op in float64 and plain torch computes in the dtype of the
-result. c is 1 + the worst group's |mean| / standard deviation for GroupNorm, else 1. The last part is the rounding of sums: eps'
-is that of float32 (float64 for float64), in which kernels must add, and `terms` the size of what is added or cancels.
+result. c is 1 + the worst group's |mean| / standard deviation for GroupNorm, else 1. The last part is the rounding of sums:
+eps' is that of float32 (float64 for float64), in which kernels must add, and `terms` the size of what is added or cancels.
 The figure of the tables is error / (plain torch's error + eps max|exact| c + eps' terms), which may be 2 at most.
 """
 
@@ -71,6 +71,7 @@ class Op:
         build: (device, **case) -> a problem.
         corners: cases that are always tried, tiny or not.
         extremes: cases with numbers near the edges of the formats.
+        large: (tiny) -> cases of two items that are large enough for a kernel to split one.
         many: a case with at least 64 items of independent rounding.
         poisoned: (problem, value, seed) -> the problem with NaN or infinity somewhere, and for each result which elements that
             must not reach.
@@ -87,6 +88,7 @@ class Op:
     build: Callable[..., Problem]
     corners: Callable[[bool], Sequence[Case]]
     extremes: Callable[[], Sequence[Case]]
+    large: Callable[[bool], Sequence[Case]]
     many: Callable[[], Case]
     poisoned: Callable[[Problem, float, int], tuple[Problem, Mapping[str, Tensor]]]
     mistakes: Callable[[str], Iterable[tuple[str, Mapping[str, Any]]]]
@@ -175,7 +177,8 @@ class Trial:
         """Asserts the same bits."""
         for name in want:
             assert got[name].shape == want[name].shape, f"{name}: {what}: {shown(got[name])}, not {shown(want[name])}"
-            assert _bits_equal(got[name], want[name]), f"{name}: {what}: {_difference(got[name], want[name])}"
+            assert got[name].dtype == want[name].dtype, f"{name}: {what}: {got[name].dtype}, not {want[name].dtype}"
+            assert not _differing(got[name], want[name]).any(), f"{name}: {what}: {_difference(got[name], want[name])}"
 
 
 def evaluate(call: Callable[..., Any], problem: Problem, names: Sequence[str], gradients: bool = True) -> Results:
@@ -269,14 +272,12 @@ def shown(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
 
 
-def _bits_equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+def _differing(got: Tensor, want: Tensor) -> Tensor:
+    return ~((got == want) | (got.isnan() & want.isnan()))
 
 
 def _difference(got: Tensor, want: Tensor) -> str:
-    if got.dtype != want.dtype:
-        return f"{got.dtype}, not {want.dtype}"
-    wrong = ~((got == want) | (got.isnan() & want.isnan()))
+    wrong = _differing(got, want)
     apart = largest((got.double() - want.double()).nan_to_num())
     return f"{_place(wrong, got, want)}; {int(wrong.sum())} of {wrong.numel()} elements differ, by at most {apart:.3g}"
 

@@ -64,7 +64,7 @@ def build(
     lse: bool,
     seed: int,
 ) -> Problem:
-    """q of size `spread`; of the mask's entries a share of `kept` lets see. Gradients come back to both outputs, if asked for."""
+    """q of size `spread`; of the mask's entries a share of `kept` lets see. Gradients come back to all outputs asked for."""
     kind = dtype_of(dtype)
     shapes = {"q": (batch, heads, queries, dim), "k": (batch, heads, keys, dim), "v": (batch, heads, keys, dim)}
     tensors = {
@@ -109,6 +109,15 @@ def extremes() -> list[Case]:
     """Scores past the range of exp, to 1e37; subnormal ones."""
     numbers = {"float16": (1e3, 1e-7), "bfloat16": (1e3, 1e30, 1e-30), "float32": (1e3, 1e18, 1e36, 1e-39)}
     return [{**PLAIN_CASE, "dtype": dtype, "spread": spread} for dtype, all_ in numbers.items() for spread in all_]
+
+
+def large(tiny: bool) -> list[Case]:
+    """More queries and keys than one tile has, and keys that one pass holds."""
+    sizes = [(20, 77), (20, 150)] if tiny else [(70, 77), (150, 600)]
+    return [
+        {**PLAIN_CASE, "heads": 1, "queries": queries, "keys": keys, "dim": 40, "mask": "keys", "dtype": dtype}
+        for (queries, keys), dtype in zip(sizes, ("bfloat16", "float32"), strict=True)
+    ]
 
 
 def many() -> Case:
@@ -171,11 +180,13 @@ def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
     delta = (weights * (grad @ v.mT)).sum(-1, keepdim=True)
     steps = weights * (grad.abs() @ v.abs().mT + delta.abs()) * factor
     cancelling = weights * delta * factor
+    of_q = max(largest(exact["gradient of q"]), largest(cancelling @ k))
+    of_k = max(largest(exact["gradient of k"]), largest(cancelling.mT @ q))
     return {
         "out": (largest(exact["out"]), kappa * largest(weights @ v.abs())),
         "lse": (0.0, kappa),
-        "gradient of q": (max(largest(exact["gradient of q"]), largest(cancelling @ k)), kappa * largest(steps @ k.abs())),
-        "gradient of k": (max(largest(exact["gradient of k"]), largest(cancelling.mT @ q)), kappa * largest(steps.mT @ q.abs())),
+        "gradient of q": (of_q, kappa * largest(steps @ k.abs())),
+        "gradient of k": (of_k, kappa * largest(steps.mT @ q.abs())),
         "gradient of v": (largest(exact["gradient of v"]), kappa * largest(weights.mT @ grad.abs())),
     }
 
@@ -188,6 +199,7 @@ OP = Op(
     build=build,
     corners=corners,
     extremes=extremes,
+    large=large,
     many=many,
     poisoned=poisoned,
     mistakes=mistakes,
@@ -219,7 +231,7 @@ def keys_in_any_order(t: Trial) -> None:
 
 
 def inside_the_hull(t: Trial) -> None:
-    """Each number of the output lies between the least and the greatest of the values; with all values alike, it is that one."""
+    """Each number of the output lies between the least and the greatest of the values (or 0, without keys)."""
     v = t.problem.tensors["v"]
     if not v.numel():
         return
@@ -264,7 +276,8 @@ def hidden_keys(t: Trial) -> None:
         problem = _with_mask(t.problem, mask)
         want = t.results(problem)
         for other in (3.0, float("nan"), INF):
-            tensors = {n: s if n == "q" else s.masked_fill(~nobody[:, None, :, None], other) for n, s in t.problem.tensors.items()}
+            tensors = dict(t.problem.tensors)
+            tensors |= {name: tensors[name].masked_fill(~nobody[:, None, :, None], other) for name in "kv"}
             t.check_same(t.results(replace(problem, tensors=tensors)), want, f"with {other} in keys that nobody sees")
     some = torch.ones(1, 1, t.problem.tensors["q"].shape[2], k.shape[2], dtype=torch.bool, device=k.device)
     some[:, :, ::2, ::2] = False

@@ -66,7 +66,8 @@ def build(
 
 def corners(tiny: bool) -> list[Case]:
     """Nothing, one, odd sizes, sizes about a tile, a row block of the models' widths."""
-    sizes = [((1,), 1, 1), ((5,), 3, 7), ((17,), 33, 9), ((2, 65), 40, 48), ((0,), 8, 4), ((2, 0), 8, 4), ((3,), 8, 0), ((), 8, 4)]
+    sizes: list[tuple[tuple[int, ...], int, int]] = [((1,), 1, 1), ((5,), 3, 7), ((17,), 33, 9), ((2, 65), 40, 48)]
+    sizes += [((0,), 8, 4), ((2, 0), 8, 4), ((3,), 8, 0), ((), 8, 4)]
     sizes += [] if tiny else [((130,), 320, 129), ((2, 64), 320, 1280), ((300,), 64, 70)]
     return [
         {**PLAIN_CASE, "lead": lead, "k": k, "n": n, "dtype": DTYPES[i % 3], "bias": i % 2 == 0}
@@ -81,6 +82,11 @@ def extremes() -> list[Case]:
         for dtype in LOW
         for scale in ((1e2, 1e-7) if dtype == "float16" else (1e4, 1e15, 1e-20))
     ]
+
+
+def large(tiny: bool) -> list[Case]:
+    size = {"lead": (2, 40), "k": 40, "n": 72} if tiny else {"lead": (2, 130), "k": 320, "n": 160}
+    return [{**PLAIN_CASE, **size, "dtype": dtype} for dtype in LOW[: 1 if tiny else 3]]
 
 
 def many() -> Case:
@@ -122,9 +128,10 @@ def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
     hidden, terms = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
     (value, gate), (value_terms, gate_terms) = hidden.chunk(2, dim=-1), terms.chunk(2, dim=-1)
     # |GELU| <= |g|, |GELU'| <= 1.13 and |GELU''| <= 0.8
-    y = value_terms * gate.abs() + 1.13 * value.abs() * gate_terms
-    steps = torch.cat([grad * (gate.abs() + 1.13 * gate_terms), grad * (1.13 * value_terms + 0.8 * value.abs() * gate_terms)], -1)
-    summed = {"y": y, "gradient of x": steps @ weight.abs(), "gradient of weight": steps.T @ x.abs(), "gradient of bias": steps.sum(0)}
+    summed = {"y": value_terms * gate.abs() + 1.13 * value.abs() * gate_terms}
+    of_value, of_gate = gate.abs() + 1.13 * gate_terms, 1.13 * value_terms + 0.8 * value.abs() * gate_terms
+    steps = torch.cat([grad * of_value, grad * of_gate], dim=-1)
+    summed |= {"gradient of x": steps @ weight.abs(), "gradient of weight": steps.T @ x.abs(), "gradient of bias": steps.sum(0)}
     return {name: (largest(exact[name]), largest(s)) for name, s in summed.items() if name in exact}
 
 
@@ -136,6 +143,7 @@ OP = Op(
     build=build,
     corners=corners,
     extremes=extremes,
+    large=large,
     many=many,
     poisoned=poisoned,
     mistakes=mistakes,

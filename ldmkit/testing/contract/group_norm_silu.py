@@ -66,9 +66,9 @@ def build(device: str, *, batch: int, groups: int, per_group: int, spatial: Sequ
 def corners(tiny: bool) -> list[Case]:
     """Nothing, one pixel, the models' channels per group, groups long enough to be split, many short ones."""
     dtype = (DTYPES[i % 3] for i in range(100))
-    small = [{"spatial": spatial} for spatial in ((), (0, 3), (1, 1), (2, 3, 2))]
+    small: list[Case] = [{"spatial": spatial} for spatial in ((), (0, 3), (1, 1), (2, 3, 2))]
     small += [{"batch": 0}, {"groups": 1, "per_group": 1, "spatial": (1,)}]
-    odd = [{"per_group": channels, "groups": 2, "spatial": (3, 3)} for channels in (3, 10, 30, 42, 70)]
+    odd: list[Case] = [{"per_group": channels, "groups": 2, "spatial": (3, 3)} for channels in (3, 10, 30, 42, 70)]
     large: list[Case] = [{"groups": 1, "per_group": 4, "batch": 1, "spatial": (64, 72)}, {"groups": 32, "per_group": 10}]
     if not tiny:
         large += [
@@ -76,7 +76,7 @@ def corners(tiny: bool) -> list[Case]:
             {"groups": 32, "per_group": 4, "batch": 1, "spatial": (64, 64)},
             {"groups": 32, "per_group": 40, "spatial": (8, 8)},
         ]
-    both = [{**case, "layout": layout} for case in large for layout in ("dense", "channels-last")]
+    both: list[Case] = [{**case, "layout": layout} for case in large for layout in ("dense", "channels-last")]
     every = [{**PLAIN_CASE, **case, "dtype": next(dtype)} for case in [*small, *odd, *both]]
     return [*every, *({**case, "shift": True, "residual": True, "mean": 3.0} for case in every[::3])]
 
@@ -93,8 +93,14 @@ def extremes() -> list[Case]:
     ]
 
 
+def large(tiny: bool) -> list[Case]:
+    """Groups that are long enough to be split, in both memory formats."""
+    size: Case = {"groups": 1, "per_group": 4, "spatial": (64, 72) if tiny else (128, 132), "shift": True, "residual": True}
+    return [{**PLAIN_CASE, **size, "layout": layout} for layout in ("dense", "channels-last")]
+
+
 def many() -> Case:
-    return {**PLAIN_CASE, "batch": 12, "groups": 8, "per_group": 2, "spatial": (6, 6)}
+    return {**PLAIN_CASE, "batch": 12, "groups": 8, "per_group": 2, "spatial": (10, 10)}
 
 
 def poisoned(problem: Problem, value: float, seed: int) -> tuple[Problem, Mapping[str, Tensor]]:
@@ -165,6 +171,7 @@ OP = Op(
     build=build,
     corners=corners,
     extremes=extremes,
+    large=large,
     many=many,
     poisoned=poisoned,
     mistakes=mistakes,
@@ -176,16 +183,17 @@ OP = Op(
 def shift_invariance(t: Trial) -> None:
     """A constant added to a group changes nothing. The numbers are such that adding is exact."""
     problem = _on_a_grid(t.problem)
-    moved = _with(problem, x=problem.tensors["x"] + 16)
-    t.judge(moved).check_close(t.results(moved), t.results(problem), "with 16 added to all of x")
+    constant = {torch.bfloat16: 16, torch.float16: 128}.get(problem.dtype, 4096)
+    moved = _with(problem, x=problem.tensors["x"] + constant)
+    t.judge(moved).check_close(t.results(moved), t.results(problem), f"with {constant} added to all of x")
 
 
 def scale_invariance(t: Trial) -> None:
     """s x with eps s^2 gives the same y."""
-    scaled = {name: t.problem.tensors[name] * 4 for name in ("x", "shift", "residual") if name in t.problem.tensors}
-    problem = replace(_with(t.problem, **scaled), options={**t.problem.options, "eps": t.problem.options["eps"] * 16})
+    scaled = {name: t.problem.tensors[name] / 16 for name in ("x", "shift", "residual") if name in t.problem.tensors}
+    problem = replace(_with(t.problem, **scaled), options={**t.problem.options, "eps": t.problem.options["eps"] / 256})
     (y,), (same,) = t.outputs(), t.outputs(problem)
-    t.judge().check_close({"y": same}, {"y": y}, "with x times 4 and eps times 16")
+    t.judge().check_close({"y": same}, {"y": y}, "with x / 16 and eps / 256")
 
 
 def layer_and_instance_norm(t: Trial) -> None:

@@ -33,7 +33,7 @@ class Guards:
     def check(self) -> None:
         """Asserts that nothing was written outside of any block."""
         for block in self._blocks:
-            written = torch.tensor([], dtype=torch.uint8, device=block.device).set_(block)  # type: ignore[call-overload]
+            written = torch.tensor([], dtype=torch.uint8, device=block.device).set_(block)
             for band, where in ((written[:BAND], "before"), (written[-BAND:], "after")):
                 broken = (band != FILL).nonzero()
                 size = len(written) - 2 * BAND
@@ -43,19 +43,20 @@ class Guards:
         elements = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if not elements:  # nothing to guard; and torch may let such a one grow later, into the room of the bands
             empty = self._seeds[dtype, device.type].as_strided((0,), (1,))
-            return empty.set_(torch.UntypedStorage(0, device=device), 0, tuple(size), tuple(stride))  # type: ignore
+            return empty.set_(torch.UntypedStorage(0, device=device), 0, tuple(size), tuple(stride))
         block = torch.UntypedStorage(2 * BAND + elements * dtype.itemsize, device=device)
         self._blocks.append(block)
         # Views of what is there already: making a tensor would allocate again.
-        self._seeds[torch.uint8, device.type].as_strided((0,), (1,)).set_(block).fill_(FILL)  # type: ignore[call-overload]
+        self._seeds[torch.uint8, device.type].as_strided((0,), (1,)).set_(block).fill_(FILL)
         t = self._seeds[dtype, device.type].as_strided((0,), (1,))
-        return t.set_(block, BAND // dtype.itemsize, tuple(size), tuple(stride))  # type: ignore[call-overload, no-any-return]
+        return t.set_(block, BAND // dtype.itemsize, tuple(size), tuple(stride))
 
     @contextmanager
     def in_force(self, device: str) -> Iterator[None]:
         """Torch's two allocating ops give guarded blocks, to C++ as to Python, in this process, on one thread."""
-        dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int32, torch.int64, torch.bool)
-        self._seeds = {(dtype, device): torch.empty(0, dtype=dtype, device=device) for dtype in dtypes}
+        others = (torch.uint8, torch.int32, torch.int64, torch.bool)
+        floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        self._seeds = {(dtype, device): torch.empty(0, dtype=dtype, device=device) for dtype in (*floats, *others)}
         library = torch.library.Library("aten", "IMPL")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # Python cannot be called from a worker thread that this one waits for
@@ -66,7 +67,7 @@ class Guards:
                     library.impl(name, function, device.upper())
             yield
         finally:
-            library._destroy()  # type: ignore[no-untyped-call]
+            library._destroy()
             torch.set_num_threads(threads)
 
     def _empty(self, size: Sequence[int], *, memory_format: torch.memory_format | None = None, **options: Any) -> Tensor:

@@ -95,7 +95,8 @@ def _refused_clearly(what: str) -> Iterator[None]:
     except (KernelError, NotImplementedError, RuntimeError) as error:
         words = ("differentiate", "derivative for", "once_differentiable")
         told = isinstance(error, KernelError | NotImplementedError) or any(word in str(error) for word in words)
-        assert told, f"{what}: neither right nor refused: {type(error).__name__}: {error}"
+        if not told:
+            raise AssertionError(f"{what}: neither right nor refused: {type(error).__name__}: {error}") from error
 
 
 def compiled(t: Trial) -> None:
@@ -104,7 +105,7 @@ def compiled(t: Trial) -> None:
     for dynamic in (False, True):
         torch._dynamo.reset()
         graph = torch.compile(
-            lambda **arguments: t.subject.call(**arguments),
+            t.subject.call,
             fullgraph=True,
             dynamic=dynamic,
             backend="inductor" if t.subject.thorough else "aot_eager",
@@ -150,8 +151,9 @@ def bad_input(t: Trial) -> None:
         except (InputError, InputTypeError):
             continue
         except (ValueError, TypeError) as error:
-            assert t.subject.backend is None, f"{what}: {type(error).__name__} is no error of ldmkit's: {error}"
-            continue
+            if t.subject.backend is None:  # a stranger's callable may have errors of its own
+                continue
+            raise AssertionError(f"{what}: {type(error).__name__} is no error of ldmkit's: {error}") from error
         except Exception as error:
             raise AssertionError(f"{what}: {type(error).__name__} names no mistake: {error}") from error
         raise AssertionError(f"{what}: accepted")
@@ -164,8 +166,9 @@ def wrong_device(t: Trial) -> None:
     try:
         t.subject.call(**problem.tensors, **problem.options)
     except KernelError as error:
-        assert "meta" in str(error), f"the error does not name the device: {error}"
-        return
+        if "meta" in str(error):
+            return
+        raise AssertionError(f"the error does not name the device: {error}") from error
     raise AssertionError("tensors on the meta device were accepted")
 
 
@@ -216,11 +219,11 @@ def second_device(t: Trial) -> None:
 # ------------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _fixed(**changes: Any) -> Callable[[Subject], Iterable[Case]]:
-    """A few cases of an op's ordinary size, with all its optional arguments and with none."""
+def _fixed(most: int | None = None, **changes: Any) -> Callable[[Subject], Iterable[Case]]:
+    """Cases of an op's ordinary size, with all optional arguments and without: the first `most` of them."""
 
     def cases(subject: Subject) -> Iterable[Case]:
-        for case in ORDINARY[subject.op.name]:
+        for case in ORDINARY[subject.op.name][:most]:
             full = {**subject.op.many(), **case}
             yield {**full, **{name: value for name, value in changes.items() if name in full}}
 
@@ -239,6 +242,10 @@ ORDINARY: dict[str, list[Case]] = {
         {"batch": 2, "heads": 2, "queries": 5, "keys": 7, "dim": 8, "lse": False},
     ],
 }
+
+
+DOUBLE: Case = {"dtype": "float64", "layout": "dense"}
+"""Derivatives of derivatives are compared to finite differences; plain torch has none in forward mode for channels-last."""
 
 
 def _no_raw_op(subject: Subject) -> str | None:
@@ -263,8 +270,8 @@ def _gpu(devices: int = 1) -> Callable[[Subject], str | None]:
 PROPERTIES = (
     Property(21, "opcheck of the raw ops", opcheck, fixed=_fixed(), absent=_no_raw_op),
     Property(21, "torch.func: grad, vmap, vmap(grad)", transforms, fixed=_fixed(mask=None)),
-    Property(21, "second and forward derivatives right or refused", further_derivatives, fixed=_fixed(dtype="float64", layout="dense")),
-    Property(21, "torch.compile, static and dynamic shapes", compiled, fixed=_fixed()),
+    Property(21, "second and forward derivatives right or refused", further_derivatives, fixed=_fixed(**DOUBLE)),
+    Property(21, "torch.compile, static and dynamic shapes", compiled, fixed=_fixed(1)),
     Property(21, "autocast", autocast, fixed=_fixed()),
     Property(22, "CUDA graph replay", graph_replay, fixed=_fixed(), absent=_gpu()),
     Property(22, "another stream", other_stream, fixed=_fixed(), absent=_gpu()),

@@ -65,7 +65,7 @@ class Report:
         head = ("", "property", "cases", "worst / torch", "verdict")
         cells = [head, *(self._cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[4]]).rstrip() for line in cells]
+        lines = ["  ".join([*map(str.ljust, line, widths), line[4]]).rstrip() for line in cells]
         title = f"{self.op}, {self.backend or 'a callable'}, on {self.device}, profile {self.profile}"
         counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (PASSED, FAILED, NEEDS_GPU, ABSENT)}
         summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
@@ -77,4 +77,4 @@ class Report:
         worst = "" if row.worst is None else f"{row.worst:.2f}"
         verdict = row.verdict + (f": {row.reason}" if row.reason and row.verdict != FAILED else "")
         verdict += f" ({row.refused} refused)" if row.refused and row.verdict in (PASSED, FAILED) else ""
-        return str(row.number), row.name, str(row.cases or ""), worst, verdict.replace("needs a GPU: needs a GPU", "needs a GPU")
+        return str(row.number), row.name, str(row.cases or ""), worst, verdict

@@ -21,7 +21,7 @@ class Profile:
     derandomize: bool
 
 
-PROFILES = {"ci": Profile(12, 2, True), "thorough": Profile(200, 20, False)}
+PROFILES = {"ci": Profile(12, 2, True), "thorough": Profile(80, 12, False)}
 
 
 def try_property(prop: Property, subject: Subject, profile: Profile) -> Row:
@@ -72,7 +72,7 @@ def _draw(prop: Property, subject: Subject, profile: Profile, attempt: Any) -> N
         phases=(Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )
-    configured(given(case=prop.cases(subject))(lambda case: attempt(case)))()
+    configured(given(case=prop.cases(subject))(attempt))()
 
 
 def _row(prop: Property, subject: Subject, tally: Tally, failures: list[tuple[Case, BaseException]]) -> Row:

@@ -29,9 +29,7 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def randn(
-    shape: Sequence[int], seed: int, dtype: torch.dtype, device: str, *, scale: float = 1.0, mean: float = 0.0
-) -> Tensor:
+def randn(shape: Sequence[int], seed: int, dtype: torch.dtype, device: str, *, scale: float = 1.0, mean: float = 0.0) -> Tensor:
     """scale * normal numbers + mean, the same on every device, rounded once."""
     numbers = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (numbers * scale + mean).to(dtype).to(device)
@@ -79,4 +77,3 @@ def far_apart(values: Tensor) -> Tensor:
     else:
         flat = values.new_empty(elements)
     return flat.as_strided(values.shape, (step, *values[0].contiguous().stride())).copy_(values)
-
