@@ -52,9 +52,7 @@ ENTRIES = [(op, name, mutant) for op in MUTANTS for name, mutants in MUTANTS[op]
 IDS = [f"{op}-{mutant.__name__}-{name}" for op, name, mutant in ENTRIES]
 
 
-@pytest.mark.parametrize(
-    ("op", "name", "mutant"), ENTRIES, ids=[f"{op}-{mutant.__name__}-{name}" for op, name, mutant in ENTRIES]
-)
+@pytest.mark.parametrize(("op", "name", "mutant"), ENTRIES, ids=IDS)
 def test_a_wrong_kernel_is_rejected_by_the_property_meant_for_it(op, name, mutant):
     (row,) = contract.check(op, mutant, device="cpu", only=[name])
     assert row.verdict == "failed"

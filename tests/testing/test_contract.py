@@ -139,8 +139,9 @@ def test_the_command_fails_with_the_smallest_example(capsys, monkeypatch):
     assert "n=4" in capsys.readouterr().out.splitlines()[-2]
 
 
-def test_the_command_names_mistakes():
+def test_the_command_names_mistakes(capsys):
+    from ldmkit import cli
+
     for arguments, told in ((("gegl",), "unknown op"), (("geglu", "--backend", "cup"), "unknown kernel backend")):
-        done = verify(*arguments)
-        assert done.returncode == 2
-        assert told in done.stderr
+        assert cli.main(["verify", *arguments]) == 2
+        assert told in capsys.readouterr().err
