@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ldmkit.interfaces import Part as Part
     from ldmkit.interfaces import Posterior as Posterior
     from ldmkit.interfaces import Sampler as Sampler
+    from ldmkit.interfaces import SamplerFacts as SamplerFacts
     from ldmkit.interfaces import SamplerState as SamplerState
     from ldmkit.interfaces import Transition as Transition
     from ldmkit.noise import GeneratorNoise as GeneratorNoise
@@ -72,7 +73,7 @@ _HOMES = {
     "LdmkitError MissingDependencyError NumericalError OutputError PartClashError PluginError UnknownPartError",
     "ldmkit.guidance": "classifier_free unguided",
     "ldmkit.interfaces": "Autoencoder Condition Conditioner Denoise Denoiser Level Levels Noise Part Posterior Sampler "
-    "SamplerState Transition",
+    "SamplerFacts SamplerState Transition",
     "ldmkit.noise": "GeneratorNoise KeyedNoise NoiseSource StepNoise keyed_normal",
     "ldmkit.pipeline": "Pipeline",
     "ldmkit.plugin.registry": "available build part_class registry",

@@ -8,7 +8,6 @@ path is refined by Levy's bisection (Karatzas and Shreve 1991, section 2.3), eac
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -19,21 +18,20 @@ Normal = Callable[[int, int], np.ndarray]
 """(octave, node) => standard normal numbers of the latents' shape, always the same for the same arguments."""
 
 DEPTH = 24
-"""Bisections inside an octave; a point between two leaves is drawn from the bridge over them, keyed by its own bits."""
+"""Bisections inside an octave; between two leaves the path is straight, so that ratios equal but for rounding see the same."""
 OCTAVES = range(-40, 40)
-_LEAF = 1 << 63
 
 
 def increment(normal: Normal, high: float, low: float) -> np.ndarray:
     """W(high) - W(low), divided by sqrt(high - low), so that it is standard normal.
 
     Raises:
-        InputError: not 0 <= low < high < 2^40, or an interval as narrow as the leaves of the bisection.
+        InputError: not 0 <= low < high < 2^40, or an interval not much wider than the leaves of the bisection.
     """
     if not 0 <= low < high < 2.0**OCTAVES.stop:
         raise InputError(f"a Brownian increment over [{low:g}, {high:g}]: needs 0 <= low < high < 2^{OCTAVES.stop}")
     first, last = (max(OCTAVES.start, math.frexp(x)[1] - 1) if x else OCTAVES.start for x in (low, high))
-    if high - low < _length(last) * 2.0 ** (4 - DEPTH):
+    if high - low < _length(last) * 2.0 ** (10 - DEPTH):
         raise InputError(f"a Brownian increment over [{low!r}, {high!r}]: the interval is too narrow to be resolved")
     total = _from_octave_start(normal, last, high)
     for octave in range(first, last):
@@ -72,7 +70,5 @@ def _from_octave_start(normal: Normal, octave: int, x: float) -> np.ndarray:
     if where == right:
         return at_right
     share = (where - left) / (right - left)
-    spread = math.sqrt(length * (right - left) * share * (1 - share))
-    bits = struct.unpack("<Q", struct.pack("<d", x))[0]
-    at_x: np.ndarray = at_left + share * (at_right - at_left) + spread * normal(octave, _LEAF | bits)
+    at_x: np.ndarray = at_left + share * (at_right - at_left)
     return at_x

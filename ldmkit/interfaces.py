@@ -422,34 +422,40 @@ class Noise(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """The law of one step: x' ~ N(mean, std^2).
+    """The law of one step: x' ~ N(mean, std^2); or of its first draw, where a step takes several.
 
     Attributes:
         mean: (B, C, H, W).
         std: a number, or one for each element; 0 is a deterministic step.
-        denoised: the estimate of x0 the step is taken by.
+        denoised: the estimate of x0 the step is taken by; None in all draws but the last.
         history: what a multistep method carries on.
         draws: whether the step takes noise, even where std is 0; None is where std is not the number 0.
         interval: the ratios (high, low) over which a method of a stochastic differential equation takes the motion's increment;
             None takes a new draw.
+        then: from what was drawn to the law of the next draw of the same step; None after the last, which is the next x.
     """
 
     mean: Tensor
     std: float | Tensor
-    denoised: Tensor
+    denoised: Tensor | None = None
     history: tuple[Any, ...] = ()
     draws: bool | None = None
     interval: tuple[float, float] | None = None
+    then: Callable[[Tensor], Transition] | None = None
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether anything is left to chance."""
+        return not (isinstance(self.std, float | int) and self.std == 0)
 
     def sample(self, noise: Noise) -> Tensor:
-        """The next x, (B, C, H, W)."""
-        draws = not (isinstance(self.std, float | int) and self.std == 0) if self.draws is None else self.draws
-        if not draws:
+        """One draw, (B, C, H, W)."""
+        if not (self.stochastic if self.draws is None else self.draws):
             return self.mean
         return self.mean + self.std * (noise() if self.interval is None else noise.between(*self.interval))
 
     def log_prob_B(self, x_BCHW: Tensor) -> Tensor:
-        """log density of the next x, summed over the elements of each image, (B,) nats.
+        """log density of what was drawn, summed over the elements of each image, (B,) nats.
 
         Raises:
             InputError: where the step is deterministic.
@@ -471,6 +477,7 @@ class SamplerState:
         step: steps done.
         history: whatever a multistep method carries on; nested tuples of tensors and floats.
         denoised: the latest x0 estimate (for previews and callbacks), None before the first step.
+        drawn: what the last step drew, in order; x itself is the last entry (before any blending). See `Sampler.log_prob_B`.
     """
 
     x: Tensor
@@ -478,6 +485,7 @@ class SamplerState:
     step: int = 0
     history: tuple[Any, ...] = ()
     denoised: Tensor | None = None
+    drawn: tuple[Tensor, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -494,13 +502,35 @@ class SamplerState:
         """The level the next step goes to."""
         return self.levels[self.step + 1]
 
-    def advance(self, x: Tensor, *, denoised: Tensor, history: tuple[Any, ...] = ()) -> SamplerState:
+    def advance(
+        self, x: Tensor, *, denoised: Tensor | None, history: tuple[Any, ...] = (), drawn: tuple[Tensor, ...] = ()
+    ) -> SamplerState:
         """The state after one step."""
-        return dataclasses.replace(self, x=x, step=self.step + 1, denoised=denoised, history=history)
+        return dataclasses.replace(self, x=x, step=self.step + 1, denoised=denoised, history=history, drawn=drawn or (x,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerFacts:
+    """What is known of a sampler, for listings and checks.
+
+    Attributes:
+        order: of convergence towards the probability flow (with the default config; without its noise), None where it is of
+            none; what a run's middle has, since first and last steps may be of lower order.
+        evaluations: of the model a step.
+        stochastic: whether the default config draws noise in the course of a run.
+        source: paper, or the code it is known from.
+    """
+
+    order: int | None
+    evaluations: int
+    stochastic: bool
+    source: str
 
 
 class Sampler(Part):
     """Decides the noise levels and takes the steps. Stateless: one instance serves any number of threads and runs."""
+
+    facts: ClassVar[SamplerFacts | None] = None
 
     def __init__(self, config: ldmkit.config.Config) -> None:
         self.config = config
@@ -538,6 +568,27 @@ class Sampler(Part):
         """The law of the next x given this one, from `state.level` to `state.next_level`. Differentiable where `denoise` is."""
 
     def step(self, denoise: Denoise, state: SamplerState, noise: Noise) -> SamplerState:
-        """One step: a draw from the transition."""
-        law = self.transition(denoise, state)
-        return state.advance(law.sample(noise), denoised=law.denoised, history=law.history)
+        """One step: a draw from the transition, or several in a row."""
+        law, drawn = self.transition(denoise, state), []
+        while law.then is not None:
+            drawn.append(law.sample(noise))
+            law = law.then(drawn[-1])
+        x = law.sample(noise)
+        return state.advance(x, denoised=law.denoised, history=law.history, drawn=(*drawn, x))
+
+    def log_prob_B(self, denoise: Denoise, state: SamplerState, drawn: Sequence[Tensor]) -> Tensor:
+        """log density of what a step from `state` drew (`SamplerState.drawn` after it), (B,) nats; 0 for what it does not draw.
+
+        Differentiable where `denoise` is: the likelihood that policy-gradient fine-tuning needs (Black et al. 2024,
+        arXiv:2305.13301, eq. 8).
+
+        Raises:
+            InputError: another number of draws than the step has.
+        """
+        total, law = state.x.new_zeros(len(state.x)), self.transition(denoise, state)
+        for i, y in enumerate(drawn):
+            total = total + law.log_prob_B(y) if law.stochastic else total
+            if (law.then is None) != (i == len(drawn) - 1):
+                raise InputError(f"this step of {type(self).__name__} does not make {len(drawn)} draws")
+            law = law if law.then is None else law.then(y)
+        return total

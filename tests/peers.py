@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,16 @@ SCHEDULERS: dict[str, type] = {
     "ddim": diffusers.DDIMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
     "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "plms": diffusers.PNDMScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "dpm-2": diffusers.KDPM2DiscreteScheduler,
+    "dpm-2-ancestral": diffusers.KDPM2AncestralDiscreteScheduler,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "dpm++-2m": diffusers.DPMSolverMultistepScheduler,
+    "dpm++-2m-sde": diffusers.DPMSolverMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
+    "deis": diffusers.DEISMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
 }
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -66,11 +77,12 @@ def in_float64() -> Iterator[None]:
 def scheduler(name: str, schedule: NoiseSchedule.Config, prediction_type: str, **options: Any) -> Any:
     """diffusers' scheduler for our schedule."""
     values: dict[str, Any] = {**schedule.to_dict(), "prediction_type": prediction_type, **options}
-    if name in ("ddpm", "ddim"):
+    if name in ("ddpm", "ddim", "lcm"):
         values["clip_sample"] = False
-    if name != "ddim":
-        del values["set_alpha_to_one"]
-    return SCHEDULERS[name](**values)
+    if name == "plms":
+        values["skip_prk_steps"] = True
+    known = signature(SCHEDULERS[name].__init__).parameters
+    return SCHEDULERS[name](**{key: value for key, value in values.items() if key in known or key in options})
 
 
 @dataclass(frozen=True)

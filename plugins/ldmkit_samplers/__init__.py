@@ -9,30 +9,32 @@ from ldmkit.plugin.spec import Component, hookimpl
 
 @hookimpl
 def ldmkit_components() -> Iterable[Component]:
-    """ddpm, ddim, euler, euler-ancestral."""
+    """The family; `ldmkit plugins` lists it."""
     return [
-        Component(
-            kind="sampler",
-            name="ddpm",
-            target="ldmkit_samplers.ddpm:DDPMSampler",
-            summary="Draws from the posterior of the diffusion (Ho et al. 2020); noisy, wants many steps.",
-        ),
-        Component(
-            kind="sampler",
-            name="ddim",
-            target="ldmkit_samplers.ddim:DDIMSampler",
-            summary="Deterministic at eta 0, like DDPM at eta 1 (Song et al. 2021); Stable Diffusion's first.",
-        ),
-        Component(
-            kind="sampler",
-            name="euler",
-            target="ldmkit_samplers.euler:EulerSampler",
-            summary="Euler steps along the probability flow (Karras et al. 2022); ends on the clean image.",
-        ),
-        Component(
-            kind="sampler",
-            name="euler-ancestral",
-            target="ldmkit_samplers.euler_ancestral:EulerAncestralSampler",
-            summary="Euler steps with fresh noise after each (k-diffusion); ends on the clean image.",
-        ),
+        Component(kind="sampler", name=name, target=f"ldmkit_samplers.{target}", summary=summary)
+        for name, target, summary in SAMPLERS
     ]
+
+
+SAMPLERS = (
+    ("ddpm", "ddpm:DDPMSampler", "Draws from the posterior of the diffusion (Ho et al. 2020); noisy, wants many steps."),
+    ("ddim", "ddim:DDIMSampler", "Deterministic at eta 0, like DDPM at eta 1 (Song et al. 2021); Stable Diffusion's first."),
+    ("plms", "plms:PLMSSampler", "Linear multistep in time (Liu et al. 2022), fourth order; needs evenly spaced times."),
+    ("euler", "euler:EulerSampler", "Euler steps along the probability flow (Karras et al. 2022); ends on the clean image."),
+    ("euler-ancestral", "euler_ancestral:EulerAncestralSampler", "Euler steps with fresh noise after each (k-diffusion)."),
+    ("heun", "heun:HeunSampler", "Second order by two evaluations a step, with churn if asked (Karras et al. 2022)."),
+    ("dpm-2", "dpm2:DPM2Sampler", "Second order by a midpoint in log sigma (k-diffusion); two evaluations a step."),
+    ("dpm-2-ancestral", "dpm2_ancestral:DPM2AncestralSampler", "dpm-2 with fresh noise after each step (k-diffusion)."),
+    ("lms", "lms:LMSSampler", "Linear multistep in sigma (k-diffusion), to fourth order; one evaluation a step."),
+    ("dpm++-2m", "dpmpp_2m:DPMpp2MSampler", "Second-order multistep on x0 (Lu et al. 2022); good from 20 steps on."),
+    ("dpm++-2s-ancestral", "dpmpp_2s_ancestral:DPMpp2SAncestralSampler", "Second-order singlestep on x0, with fresh noise."),
+    ("dpm++-sde", "dpmpp_sde:DPMppSDESampler", "Two evaluations and Brownian noise a step (k-diffusion)."),
+    ("dpm++-2m-sde", "dpmpp_2m_sde:DPMpp2MSDESampler", "dpm++-2m of the stochastic equation, with Brownian noise."),
+    ("dpm++-3m-sde", "dpmpp_3m_sde:DPMpp3MSDESampler", "dpm++-2m-sde by three estimates instead of two (k-diffusion)."),
+    ("lcm", "lcm:LCMSampler", "For latent consistency models (Luo et al. 2023): 1 to 8 steps."),
+    ("consistency", "consistency:ConsistencySampler", "For consistency models (Song et al. 2023): few steps."),
+    ("restart", "restart:RestartSampler", "Heun's method, thrown back into noise now and then (Xu et al. 2023)."),
+    ("deis", "deis:DEISSampler", "Exponential multistep on the noise, to third order (Zhang and Chen 2023)."),
+    ("unipc", "unipc:UniPCSampler", "Predictor and corrector, to third order (Zhao et al. 2023); good from 10 steps on."),
+)
+"""Name, target, summary."""

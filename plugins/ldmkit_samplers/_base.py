@@ -53,10 +53,13 @@ class SpacedSampler(Sampler):
         spacing: Spacing = self.config.timestep_spacing or schedule.timestep_spacing
         return spacing
 
+    def times(self, schedule: Schedule, n: int) -> list[float]:
+        """The n times of an ordinary run, falling. Raises: InputError, as `Schedule.timesteps`."""
+        return schedule.timesteps(n, spacing=self.spacing(schedule), integers=self.whole_times)
+
     def levels(self, schedule: Schedule, num_inference_steps: int) -> Levels:
         """The levels of an ordinary run. Raises: InputError, as `Schedule.timesteps`."""
-        times = schedule.timesteps(num_inference_steps, spacing=self.spacing(schedule), integers=self.whole_times)
-        levels = [schedule.level(t) for t in times]
+        levels = [schedule.level(t) for t in self.times(schedule, num_inference_steps)]
         if self.config.sigma_schedule is not None:
             ends = {"high": levels[0].ratio, "low": levels[-1].ratio}
             ratios = spaced_ratios(self.config.sigma_schedule, num_inference_steps, schedule, rho=self.config.rho, **ends)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ldmkit.interfaces import Level
+from ldmkit.interfaces import Level, SamplerFacts
 from ldmkit.schedule import Schedule
 from ldmkit_samplers._base import SamplerConfig
 from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, ddim
@@ -21,6 +21,7 @@ class DDIMSampler(GaussianSampler):
 
         eta: float = Field(0.0, ge=0, le=1)
 
+    facts = SamplerFacts(order=1, evaluations=1, stochastic=False, source="Song et al. 2021, arXiv:2010.02502")
     whole_times = True
 
     def __init__(self, config: DDIMSampler.Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from ldmkit.interfaces import Level
+from ldmkit.interfaces import Level, SamplerFacts
 from ldmkit.schedule import Schedule
 from ldmkit_samplers._base import SamplerConfig
 from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, ratio_kept
@@ -23,6 +23,7 @@ class DDPMSampler(GaussianSampler):
 
         variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
 
+    facts = SamplerFacts(order=None, evaluations=1, stochastic=True, source="Ho et al. 2020, arXiv:2006.11239")
     whole_times = True
 
     def __init__(self, config: DDPMSampler.Config) -> None:

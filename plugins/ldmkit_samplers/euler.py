@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from ldmkit.interfaces import Level
+from ldmkit.interfaces import Level, SamplerFacts
 from ldmkit_samplers._base import SamplerConfig
 from ldmkit_samplers._euler import EulerFamily
-from ldmkit_samplers._gaussian import Coefficients, ddim
+from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, ddim
 
 
-class EulerSampler(EulerFamily):
+class EulerSampler(EulerFamily, GaussianSampler):
     """Follows the probability flow dx / d ratio = (x - D(x)) / ratio in straight steps; draws nothing."""
 
     class Config(SamplerConfig):
         """Attributes:
         timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         """
+
+    facts = SamplerFacts(order=1, evaluations=1, stochastic=False, source="Karras et al. 2022, arXiv:2206.00364")
 
     def __init__(self, config: EulerSampler.Config) -> None:
         super().__init__(config)

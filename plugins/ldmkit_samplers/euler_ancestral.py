@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ldmkit.interfaces import Level
+from ldmkit.interfaces import Level, SamplerFacts
 from ldmkit_samplers._base import SamplerConfig
 from ldmkit_samplers._euler import EulerFamily
-from ldmkit_samplers._gaussian import Coefficients, ddim
+from ldmkit_samplers._gaussian import Coefficients, GaussianSampler, ddim
 
 
-class EulerAncestralSampler(EulerFamily):
+class EulerAncestralSampler(EulerFamily, GaussianSampler):
     """An Euler step down to below the next level, then fresh noise back up to it."""
 
     class Config(SamplerConfig):
@@ -20,6 +20,8 @@ class EulerAncestralSampler(EulerFamily):
         """
 
         eta: float = Field(1.0, ge=0, le=1)
+
+    facts = SamplerFacts(order=1, evaluations=1, stochastic=True, source="k-diffusion")
 
     def __init__(self, config: EulerAncestralSampler.Config) -> None:
         super().__init__(config)

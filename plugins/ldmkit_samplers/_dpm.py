@@ -1,0 +1,77 @@
+"""The levels of DPM-Solver's family: n + 1 times of which the last is left out, as its authors and hosts space them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from ldmkit.errors import InputError
+from ldmkit.interfaces import Level, SamplerState
+from ldmkit.schedule import CLEAN, NoiseSchedule, Schedule
+from ldmkit_samplers._base import SamplerConfig, SpacedSampler
+
+
+class DPMConfig(SamplerConfig):
+    """Attributes:
+    timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
+    final_sigmas_type: where it ends: "zero" is the clean image, "sigma_min" the schedule's first level, t = 0.
+    """
+
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+
+
+class DPMFamily(SpacedSampler):
+    """Exponential integrators in lambda = log(alpha / sigma) (Lu et al. 2022, arXiv:2206.00927)."""
+
+    def initial_scale(self, schedule: Schedule, first: Level) -> float:
+        """1: the noise itself."""
+        return 1.0
+
+    def last_level(self, schedule: Schedule) -> Level:
+        """The clean image, or the level of t = 0."""
+        return CLEAN if self.config.final_sigmas_type == "zero" else schedule.level(0)
+
+    def times(self, schedule: Schedule, n: int) -> list[float]:
+        """n whole times, falling. Trailing spacing is everyone's; schedules without whole times have their own.
+
+        Raises:
+            InputError: n below 1, or so large that times meet.
+        """
+        spacing = self.spacing(schedule)
+        if not isinstance(schedule, NoiseSchedule) or spacing in ("trailing", "quadratic"):
+            return schedule.timesteps(n, spacing=spacing)
+        total = schedule.num_train_timesteps
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n < total:
+            raise InputError(
+                f"num_inference_steps = {n!r}: must be a whole number from 1 to {total - 1} with {spacing!r} spacing"
+            )
+        if spacing == "linspace":
+            return [float(t) for t in np.linspace(0, total - 1, n + 1).round()[:0:-1]]
+        step = total // (n + 1)
+        return [float(i * step + schedule.config.steps_offset) for i in range(n, 0, -1)]
+
+
+def few(state: SamplerState) -> bool:
+    """Whether a run has so few steps that its last ones are taken at lower orders, as the solver's authors advise."""
+    return state.levels.num_steps < 15
+
+
+def decay(level: Level, to: Level) -> float:
+    """exp(-h), h = lambda' - lambda: from 0 (from pure noise, or to the clean image) to 1."""
+    return (to.sigma * level.alpha) / (level.sigma * to.alpha)
+
+
+def phi(k: int, z: float) -> float:
+    """phi_k(z) = (phi_(k-1)(z) - 1 / (k-1)!) / z, phi_0 = exp: the integrals of exponential integrators (Hochbruck and Ostermann
+    2010, doi:10.1017/S0962492910000048, eq. 2.10), by their series where the differences would cancel.
+    """
+    if abs(z) < 1:
+        return sum(z**j / math.factorial(j + k) for j in range(20))
+    return math.exp(z) if k == 0 else (phi(k - 1, z) - 1 / math.factorial(k - 1)) / z
+
+
+def log_snr(level: Level) -> float:
+    """lambda = log(alpha / sigma); -inf at pure noise, inf on the clean image."""
+    return -math.log(level.ratio) if level.sigma else math.inf

@@ -1,0 +1,88 @@
+"""UniPC: Zhao et al. 2023, arXiv:2302.04867, on x0 ("data prediction"), with B(h) = h (bh1) or e^h - 1 (bh2)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from ldmkit.interfaces import Denoise, Level, SamplerFacts, SamplerState, Transition
+from ldmkit_samplers._dpm import DPMConfig, DPMFamily, decay, log_snr, phi
+from ldmkit_samplers._multistep import Memory, remember
+
+
+class UniPCSampler(DPMFamily):
+    """A multistep predictor, whose result the next step's evaluation corrects: one evaluation a step, one order more.
+
+    The first steps have lower orders, and so have the last ones, down to 1 onto the clean image.
+    """
+
+    class Config(DPMConfig):
+        """Attributes:
+        timestep_spacing, sigma_schedule, rho, final_sigmas_type: which levels a run visits; see `DPMConfig`.
+        order: of the predictor, 1 to 3; the corrector's is one more.
+        solver_type: B(h): "bh1" is h, "bh2" is e^h - 1 (better with guidance, section 4.1).
+        correct: whether to correct; without, it is UniP.
+        """
+
+        order: int = Field(2, ge=1, le=3)
+        solver_type: Literal["bh1", "bh2"] = "bh2"
+        correct: bool = True
+
+    facts = SamplerFacts(order=3, evaluations=1, stochastic=False, source="Zhao et al. 2023, arXiv:2302.04867")
+
+    def __init__(self, config: UniPCSampler.Config) -> None:
+        super().__init__(config)
+
+    def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
+        """Corrects x (eq. 3), then predicts the next (eq. 8); the history holds x0 estimates, and the last step's start."""
+        level, to = state.level, state.next_level
+        denoised = denoise(state.x, level)
+        memory: Memory = state.history[0] if state.history else ()
+        x = state.x
+        if state.history and self.config.correct:
+            start, order = state.history[1:]
+            origin = state.levels[state.step - 1]
+            if origin.alpha > 0:
+                x = self._step(start, origin, level, memory[:order], corrected_by=denoised)
+        remembering = remember(_with_history(state, memory), denoised, self.config.order)
+        order = min(len(remembering), state.levels.num_steps - state.step)
+        ahead = self._step(x, level, to, remembering[:order], corrected_by=None)
+        return Transition(ahead, 0.0, denoised, (remembering, x, order))
+
+    def _step(self, x: Tensor, level: Level, to: Level, memory: Memory, *, corrected_by: Tensor | None) -> Tensor:
+        """From x at `level` to `to`, by x0 at `level` (the newest in memory), before it, and, corrected, at `to` itself."""
+        (newest, _), *older = memory
+        kept = decay(level, to)
+        plain = (to.sigma / level.sigma) * x + to.alpha * (1 - kept) * newest
+        if kept == 0 or not (older or corrected_by is not None):
+            return plain
+        h = -math.log(kept)
+        places = [(-math.log(ratio) - log_snr(level)) / h for _, ratio in older]
+        changes = [estimate - newest for estimate, _ in older]
+        if corrected_by is not None:
+            places.append(1.0)
+            changes.append(corrected_by - newest)
+        weights = _weights(places, h, self._b_of(h), simple=corrected_by is None or not older)
+        total = sum((w / r * change for w, r, change in zip(weights, places, changes, strict=True)), start=plain * 0)
+        return plain - to.alpha * self._b_of(h) * total
+
+    def _b_of(self, h: float) -> float:
+        return -h if self.config.solver_type == "bh1" else math.expm1(-h)
+
+
+def _with_history(state: SamplerState, memory: Memory) -> SamplerState:
+    return SamplerState(x=state.x, levels=state.levels, step=state.step, history=memory)
+
+
+def _weights(places: list[float], h: float, b_of_h: float, *, simple: bool) -> list[float]:
+    """a of eq. 5 (R a = b), in h' = -h; `simple` takes 1/2 for a single place, as the authors do (any value keeps order 2)."""
+    if len(places) == 1 and simple:
+        return [0.5]
+    k = len(places)
+    rows = [[place**i for place in places] for i in range(k)]
+    b = [-h * phi(i + 1, -h) * math.factorial(i) / b_of_h for i in range(1, k + 1)]
+    return [float(a) for a in np.linalg.solve(np.array(rows), np.array(b))]
