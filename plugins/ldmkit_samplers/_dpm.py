@@ -64,8 +64,8 @@ def decay(level: Level, to: Level) -> float:
 
 
 def phi(k: int, z: float) -> float:
-    """phi_k(z) = (phi_(k-1)(z) - 1 / (k-1)!) / z, phi_0 = exp: the integrals of exponential integrators (Hochbruck and Ostermann
-    2010, doi:10.1017/S0962492910000048, eq. 2.10), by their series where the differences would cancel.
+    """phi_k(z) = (phi_(k-1)(z) - 1 / (k-1)!) / z, phi_0 = exp: the integrals of exponential integrators (Hochbruck and
+    Ostermann 2010, doi:10.1017/S0962492910000048, eq. 2.10), by their series where the differences would cancel.
     """
     if abs(z) < 1:
         return sum(z**j / math.factorial(j + k) for j in range(20))

@@ -63,8 +63,10 @@ def error_of(sampler, n):
     for i in range(before + n):
         state = sampler.step(denoise, state, None)
         if i < before:
+            here = levels[i].alpha * z  # a corrector keeps where it started from
+            history = tuple(here if isinstance(entry, torch.Tensor) else entry for entry in state.history)
             z = exact(z, levels[i].ratio, levels[i + 1].ratio)
-            state = SamplerState(x=levels[i + 1].alpha * z, levels=levels, step=i + 1, history=state.history)
+            state = SamplerState(x=levels[i + 1].alpha * z, levels=levels, step=i + 1, history=history)
     return float((state.x / state.level.alpha - TRUTH).abs().max())
 
 
