@@ -44,6 +44,13 @@ inline const void* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
+// (..., columns) => (rows, columns) with neighbouring columns adjacent in memory; a view where strides allow it, else a copy.
+inline at::Tensor as_rows(const at::Tensor& tensor) {
+  const int64_t columns = tensor.size(-1);
+  const at::Tensor rows = columns == 0 ? tensor.new_empty({0, 0}) : tensor.reshape({-1, columns});
+  return columns <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
 // Lives while kernels are launched for `tensor`: its device is current, and `stream` (a cudaStream_t) is torch's current one.
 struct Launch {
 #if defined(WITH_CUDA)

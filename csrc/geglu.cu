@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common.cuh"
+#include "gelu.cuh"
 
 namespace ldmkit {
 namespace {
@@ -15,12 +16,6 @@ constexpr int kThreads = 256;
 // Elements a thread takes at once: 16 bytes; fp64, which only checks use, goes one by one and spares the registers.
 template <class T>
 constexpr int kPack = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
-
-// Phi, the normal distribution function, by erfc: 1 + erf(x) would cancel in the lower tail.
-__device__ inline float cdf(float x) { return 0.5f * erfcf(x * -0.70710678118654752440f); }
-__device__ inline double cdf(double x) { return 0.5 * erfc(x * -0.70710678118654752440); }
-__device__ inline float density(float x) { return 0.398942280401432677939946f * expf(-0.5f * x * x); }
-__device__ inline double density(double x) { return 0.398942280401432677939946 * exp(-0.5 * x * x); }
 
 // Element V * i of the output, counted densely, is at (row, column). Index is 32-bit where it suffices: divisions are cheaper.
 template <class T, int V, class Index>
@@ -34,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) forward(const T* x, int64_t x_stride
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const auto gate = widen(b.at[j]);
-      out.at[j] = narrow<T>(widen(a.at[j]) * (gate * cdf(gate)));
+      out.at[j] = narrow<T>(widen(a.at[j]) * (gate * gelu_parts<T>(gate).cdf));
     }
     *reinterpret_cast<Pack<T, V>*>(y + int64_t(i) * V) = out;
   }
@@ -54,9 +49,10 @@ __global__ void __launch_bounds__(kThreads)
     Pack<T, V> grad_value, grad_gate;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const auto incoming = widen(g.at[j]), gate = widen(b.at[j]), phi = cdf(gate);
-      grad_value.at[j] = narrow<T>(incoming * (gate * phi));
-      grad_gate.at[j] = narrow<T>(incoming * widen(a.at[j]) * (phi + gate * density(gate)));
+      const auto incoming = widen(g.at[j]), gate = widen(b.at[j]);
+      const auto [cdf, slope] = gelu_parts<T>(gate);
+      grad_value.at[j] = narrow<T>(incoming * (gate * cdf));
+      grad_gate.at[j] = narrow<T>(incoming * widen(a.at[j]) * (cdf + slope));
     }
     *reinterpret_cast<Pack<T, V>*>(out) = grad_value;
     *reinterpret_cast<Pack<T, V>*>(out + n) = grad_gate;

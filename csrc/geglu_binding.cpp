@@ -8,13 +8,6 @@
 namespace ldmkit {
 namespace {
 
-// (..., columns) => (rows, columns) with neighbouring columns adjacent in memory; a view where strides allow it, else a copy.
-at::Tensor as_rows(const at::Tensor& tensor) {
-  const int64_t columns = tensor.size(-1);
-  const at::Tensor rows = columns == 0 ? tensor.new_empty({0, 0}) : tensor.reshape({-1, columns});
-  return columns <= 1 || rows.stride(1) == 1 ? rows : rows.contiguous();
-}
-
 at::Tensor empty_output(const at::Tensor& x) {
   TORCH_CHECK(x.dim() > 0 && x.size(-1) % 2 == 0, "geglu: the last dimension must be even");
   auto shape = x.sizes().vec();

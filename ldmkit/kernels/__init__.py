@@ -11,6 +11,7 @@ that order. A forced implementation that cannot serve a call raises `KernelError
 from ldmkit.kernels.backends import Call, record, use
 from ldmkit.kernels.cross_attention import cross_attention
 from ldmkit.kernels.geglu import geglu
+from ldmkit.kernels.geglu_linear import geglu_linear
 from ldmkit.kernels.group_norm_silu import group_norm_silu
 
-__all__ = ["Call", "cross_attention", "geglu", "group_norm_silu", "record", "use"]
+__all__ = ["Call", "cross_attention", "geglu", "geglu_linear", "group_norm_silu", "record", "use"]

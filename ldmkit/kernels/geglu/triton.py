@@ -7,7 +7,6 @@ A program takes a tile of ROWS x COLUMNS, which follow from N alone; nothing is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -156,20 +155,18 @@ def refusal(x: Tensor) -> str | None:
 
 
 def static_cases() -> Iterator[StaticCase]:
-    """Every dtype, aligned and not, for wide rows."""
-    for dtype in DTYPES:
-        pointer = "*" + TRITON_DTYPES[dtype]
-        for width in (unit(dtype, 0), 1):
-            for kernel, pointers, sizes in (
-                (_forward, ("x", "y"), ("rows", "units", "x_units")),
-                (_backward, ("grad", "x", "grad_x"), ("rows", "units", "grad_units", "x_units")),
-            ):
-                signature: dict[str, Any] = dict.fromkeys(pointers, pointer) | dict.fromkeys(sizes, "i32")
-                yield StaticCase(
-                    kernel=kernel,
-                    label=f"{TRITON_DTYPES[dtype]} {'aligned' if width > 1 else 'odd'}",
-                    signature=signature,
-                    constants={"UNIT": width, **_shape(1280)},
-                    aligned=pointers if width > 1 else (),
-                    options={"num_warps": WARPS},
-                )
+    """Every dtype in both directions; and rows of no alignment."""
+    for dtype, width in [(d, unit(d, 0)) for d in DTYPES] + [(torch.bfloat16, 1)]:
+        for kernel, pointers, sizes in (
+            (_forward, ("x", "y"), ("rows", "units", "x_units")),
+            (_backward, ("grad", "x", "grad_x"), ("rows", "units", "grad_units", "x_units")),
+        ):
+            signature = dict.fromkeys(pointers, f"*{TRITON_DTYPES[dtype]}") | dict.fromkeys(sizes, "i32")
+            yield StaticCase(
+                kernel=kernel,
+                label=f"{TRITON_DTYPES[dtype]}{'' if width > 1 else ' odd'}",
+                signature=signature,
+                constants={"UNIT": width, **_shape(1280)},
+                aligned=pointers if width > 1 else (),
+                options={"num_warps": WARPS},
+            )
