@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "draw pictures from text",
     "train": "train an autoencoder or a diffusion model from a recipe",
     "plugins": "list the installed plugins, their parts, and what is wrong with those that failed",
+    "samplers": "list the samplers: order of convergence, evaluations a step, noise, source",
     "schema": "print the JSON schema of a part's config",
     "kernels": "show which kernels this machine has and which are chosen",
     "verify": "check kernels on this machine against the contract: exact, deterministic, safe",

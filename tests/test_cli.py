@@ -139,6 +139,16 @@ def test_plugins_shows_failures_blocks_and_clashes(capsys, monkeypatch, tmp_path
     )
 
 
+def test_samplers_as_table_and_json(capsys):
+    assert main(["samplers"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^heun +2 +2 a step +- +Karras et al\. 2022", shown, flags=re.M)
+    assert re.search(r"^ddpm +- +1 a step +yes +Ho et al\. 2020", shown, flags=re.M)
+    assert main(["samplers", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["lms"] == {"order": 4, "evaluations": 1, "stochastic": False, "source": "k-diffusion"}
+
+
 def test_schema(capsys):
     assert main(["schema", "sampler", "ddim"]) == 0
     schema = json.loads(capsys.readouterr().out)
