@@ -27,6 +27,7 @@ class Mutant:
     call: str  # a function below
 
 
+RACE = r"race: it (writes|reads) byte \d+ of .*, which thread .* (wrote|read) at .*, and nothing orders the two"
 MUTANTS = [
     Mutant(
         "off-by-one bound",
@@ -44,6 +45,62 @@ MUTANTS = [
         "undefined behaviour: access to an address that is not aligned to 16 bytes",
         "geglu_offset",
     ),
+    Mutant(
+        "dropped barrier",
+        "geglu_linear.cu",
+        "    __syncthreads();  // slice",
+        "    // slice",
+        RACE,
+        "geglu_linear",
+    ),
+    Mutant(
+        "divergent barrier",
+        "geglu_linear.cu",
+        "    __syncthreads();  // slice",
+        "    if (threadIdx.x < 64) __syncthreads();  // slice",
+        f"divergent barrier: |{RACE}",
+        "geglu_linear",
+    ),
+    Mutant(
+        "a wait too few for cp.async",
+        "geglu_linear.cu",
+        "cp_async_wait<kStages - 2>",
+        "cp_async_wait<kStages - 1>",
+        "to which a cp.async is still under way",
+        "geglu_linear",
+    ),
+    Mutant(
+        "uninitialised shared memory",
+        "geglu_linear.cu",
+        "    cp_async<16>(stage + row * kPitch + piece * 16, source + column, inside);",
+        "    if (inside) cp_async<16>(stage + row * kPitch + piece * 16, source + column);",
+        VALUES,
+        "geglu_linear",
+    ),
+    Mutant(
+        "wrong mma fragment",
+        "geglu_linear.cu",
+        "{weight[j / 2][j % 2 * 2], weight[j / 2][j % 2 * 2 + 1]}",
+        "{weight[j / 2][j % 2 * 2 + 1], weight[j / 2][j % 2 * 2]}",
+        VALUES,
+        "geglu_linear",
+    ),
+    Mutant(
+        "wrong lane of an accumulator",
+        "geglu_linear.cu",
+        "8 * half + lane / 4)",
+        "8 * half + lane % 4)",
+        f"{RACE}|{VALUES}",
+        "geglu_linear",
+    ),
+    Mutant(
+        "one row of weight too many",
+        "geglu_linear.cu",
+        "inside = inside && output < task.n;",
+        "inside = inside && output <= task.n;",
+        "out of bounds: it reads 16 bytes",
+        "geglu_linear",
+    ),
 ]
 
 
@@ -60,6 +117,14 @@ def geglu_offset(module):
 def reference_geglu(hidden):
     value, gate = hidden.double().chunk(2, dim=-1)
     return value * torch.nn.functional.gelu(gate)
+
+
+def geglu_linear(module):
+    draw = torch.Generator().manual_seed(0)
+    x_RK = torch.randn(20, 168, generator=draw).bfloat16()
+    weight_NK = torch.randn(2 * 24, 168, generator=draw).bfloat16() / 8
+    y, _ = emulation.implementation(module, "geglu_linear").forward(x_RK, weight_NK, None, False)
+    return y, reference_geglu(x_RK.double() @ weight_NK.double().T)
 
 
 def outcome(csrc, call):
