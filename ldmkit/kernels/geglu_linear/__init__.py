@@ -33,7 +33,7 @@ def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backe
         InputTypeError: x not floating point, or dtypes that differ.
         KernelError: a forced backend cannot serve.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = (t.to(dtype) if t.dtype in _AUTOCAST else t for t in (x, weight))
         bias = bias.to(dtype) if bias is not None and bias.dtype in _AUTOCAST else bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -122,9 +123,9 @@ def raw(problem: Problem) -> tuple[Any, ...]:
 
 def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
     """Sums of |x| |weight|, and what their rounding does behind the gate; sums of gradients with their signs away."""
-    x, weight = problem.tensors["x"].flatten(0, -2), problem.tensors["weight"]
+    weight = problem.tensors["weight"]
+    x, grad = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (problem.tensors["x"], problem.grads[0].abs()))
     bias = problem.tensors.get("bias", torch.zeros_like(weight[:, 0]))
-    grad = problem.grads[0].reshape(len(x), -1).abs()
     hidden, terms = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
     (value, gate), (value_terms, gate_terms) = hidden.chunk(2, dim=-1), terms.chunk(2, dim=-1)
     # |GELU| <= |g|, |GELU'| <= 1.13 and |GELU''| <= 0.8
