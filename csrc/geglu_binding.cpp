@@ -1,9 +1,7 @@
 #include "binding.h"
 
-#include <algorithm>
-
 #include "geglu.h"
-#include "large_output.h"
+#include "geglu_slices.h"
 
 namespace ldmkit {
 namespace {
@@ -23,32 +21,13 @@ void check_gradient(const at::Tensor& grad, const at::Tensor& x) {
 
 #ifndef LDMKIT_EMULATION
 
-// Runs `work` over all (row, column) tiles on torch's threads. A tile's arithmetic does not depend on how they are dealt out.
-template <class Work>
-void for_each_tile(int64_t rows, int64_t n, const at::Tensor& output, const Work& work) {
-  constexpr int64_t kTile = 8192;
-  const int64_t tiles = (n + kTile - 1) / kTile;
-  const int64_t grain = std::max<int64_t>(1, 2 * kTile / std::min(n, kTile));
-  void* data = output.mutable_data_ptr();
-  ask_for_huge_pages(data, output.nbytes());
-  const bool aligned = reinterpret_cast<uintptr_t>(data) % 64 == 0 && n * output.element_size() % 64 == 0;
-  const bool stream = aligned && outgrows_cache(output.nbytes());
-  at::parallel_for(0, rows * tiles, grain, [&](int64_t begin, int64_t end) {
-    if (tiles == 1) return work(GegluSlice{n, begin, end, 0, n, stream});
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / tiles, column = i % tiles * kTile;
-      work(GegluSlice{n, row, row + 1, column, std::min(kTile, n - column), stream});
-    }
-  });
-}
-
 at::Tensor forward_cpu(const at::Tensor& x) {
   const at::Tensor y = empty_output(x);
   if (y.numel() == 0) return y;
   const at::Tensor x_RN = as_rows(x);
   const void* x_data = x_RN.const_data_ptr();
   void* y_data = y.mutable_data_ptr();
-  for_each_tile(x_RN.size(0), y.size(-1), y, [&, dtype = dtype_of(x), stride = x_RN.stride(0)](const GegluSlice& slice) {
+  for_each_slice(x_RN.size(0), y.size(-1), place_large_output(y, y.size(-1)), [&, dtype = dtype_of(x), stride = x_RN.stride(0)](const GegluSlice& slice) {
     geglu_forward_cpu(dtype, x_data, stride, y_data, slice);
   });
   return y;
@@ -61,7 +40,8 @@ at::Tensor backward_cpu(const at::Tensor& grad, const at::Tensor& x) {
   const at::Tensor x_RN = as_rows(x), grad_RN = as_rows(grad);
   const void *grad_data = grad_RN.const_data_ptr(), *x_data = x_RN.const_data_ptr();
   void* grad_x_data = grad_x.mutable_data_ptr();
-  for_each_tile(x_RN.size(0), grad.size(-1), grad_x, [&, dtype = dtype_of(x)](const GegluSlice& slice) {
+  const bool stream = place_large_output(grad_x, grad.size(-1));
+  for_each_slice(x_RN.size(0), grad.size(-1), stream, [&, dtype = dtype_of(x)](const GegluSlice& slice) {
     geglu_backward_cpu(dtype, grad_data, grad_RN.stride(0), x_data, x_RN.stride(0), grad_x_data, slice);
   });
   return grad_x;

@@ -13,7 +13,6 @@ Rules are tried in order, and the first that fits decides; where none fits, plai
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,16 +70,14 @@ def _interval(low: int | None, high: int | None) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _instructions() -> str:
     return str(build_info()["cpu"])
 
 
-@functools.cache
 def rules(op: str) -> tuple[Rule, ...]:
     """The rules of an op, in order."""
-    entries = json.loads((Path(__file__).parent / op / "choice.json").read_text())
-    return tuple(_rule(**entry) for entry in entries)
+    return _RULES[op]
 
 
 def _rule(
@@ -101,3 +98,10 @@ def _rule(
         training=training,
         when={name: (low, high) for name, (low, high) in (when or {}).items()},
     )
+
+
+# Read when imported: dynamo traces through functools.cache, and cannot trace how a file is read.
+_RULES: Mapping[str, tuple[Rule, ...]] = {
+    path.parent.name: tuple(_rule(**entry) for entry in json.loads(path.read_text()))
+    for path in Path(__file__).parent.glob("*/choice.json")
+}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from ldmkit.kernels import geglu
+from ldmkit.kernels import geglu, geglu_linear
 from ldmkit.nn.attention import Attention, Context
 from ldmkit.nn.norm import GroupNorm
 
@@ -21,8 +22,24 @@ class GEGLU(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         """(B, L, in_channels) => (B, L, out_channels)."""
-        out: Tensor = geglu(self.proj(x_BLC))
-        return out
+        if is_plain_linear(self.proj):
+            return geglu_linear(x_BLC, self.proj.weight, self.proj.bias)
+        return geglu(self.proj(x_BLC))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling a module is F.linear of its weight and bias and nothing else, so that a fused kernel may take its place.
+
+    Not so with a class of its own (adapters, parametrizations, quantised layers), a forward of its own (offloading), hooks on
+    it or on all modules, or a weight that is a subclass of Tensor (quantised, sharded).
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        and not _has_any_global_hook()
+    )
 
 
 class FeedForward(nn.Module):

@@ -72,7 +72,8 @@ class _GegluLinear(torch.autograd.Function):
 def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """(..., K) => (..., N), differentiable once; arguments checked, all given."""
     if torch.is_grad_enabled():
-        keep = weight.shape[1] > RECOMPUTED[x.device.type]
+        differentiated = any(t is not None and t.requires_grad for t in (x, weight, bias))
+        keep = differentiated and weight.shape[1] > RECOMPUTED[x.device.type]
         y: Tensor = _GegluLinear.apply(x, weight, bias, keep, backend)[0]  # type: ignore[no-untyped-call]
     else:
         y = torch.ops.ldmkit.geglu_linear(x, weight, bias, False, backend)[0]
