@@ -1,131 +1,218 @@
-"""GEGLU on a CPU: the C++ kernel against plain torch (chunk, gelu, multiply) and torch.compile of it.
+"""GEGLU, alone and with its linear layer: ldmkit's kernels against plain torch and torch.compile, on a CPU or a GPU.
 
-This is the evidence behind ldmkit.kernels' automatic choice of the backend `cpu` (the table `_FASTER` in
-ldmkit/kernels/geglu/__init__.py): for every shape the last column tells whether that choice was right. The choice depends on
-the instruction set; ATEN_CPU_CAPABILITY=avx2 measures what a machine without AVX-512 does.
+This is the evidence behind the automatic choice (choice.json of ldmkit/kernels/geglu and geglu_linear): for every shape
+the last column tells whether that choice was right. It depends on the instruction set: ATEN_CPU_CAPABILITY=avx2 measures what a
+machine without AVX-512 does.
+
+`geglu` also runs beside a copy of as many bytes as it has to move, `geglu_linear` beside its matrix product alone: the ratio
+of that over ours is the share of the memory's, or the product's, measured speed. On a GPU the targets for an H200 are printed.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, linear
 
 from benchmarks import common
 from benchmarks.common import Run, Spread, Times, geometric_mean, ratio
-from ldmkit.kernels import geglu
-from ldmkit.kernels.backends import automatic
+from ldmkit.kernels import geglu, geglu_linear
+from ldmkit.kernels.backends import automatic, implementations
+
+Op = Callable[..., Tensor]
 
 SHAPES = {
-    "SD1.5, 512x512": [(2, 4096, 2560), (2, 1024, 5120), (2, 256, 10240), (2, 64, 10240)],
-    "SDXL, 1024x1024": [(2, 4096, 5120), (2, 1024, 10240)],
+    "SD1.5, 512x512": [(2, 4096, 320), (2, 1024, 640), (2, 256, 1280), (2, 64, 1280)],
+    "SDXL, 1024x1024": [(2, 4096, 640), (2, 1024, 1280)],
 }
-"""Inputs (B, tokens, 2N) of the gates in a guided step (B = 2), from the finest level to the coarsest."""
-QUICK_SHAPES = {"tiny": [(2, 16, 128), (2, 4, 256)]}
+"""Inputs (B, tokens, C) of the feed-forwards in a guided step (B = 2), from the finest level to the coarsest; N = 4 C."""
+QUICK_SHAPES = {"tiny": [(2, 16, 16), (2, 4, 32)]}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIRECTIONS = ("forward", "forward+backward")
-BACKENDS = ("cpu", "reference")
 COMPILED = "torch.compile"
+H200_TARGETS = """Targets on an H200:
+  geglu: forward at 0.93 of a copy's speed or more, backward at 0.90; SDXL's 2x4096x2560 outputs in bf16 in 32 us or less;
+  geglu_linear: 0.80 of the matrix product's rate in bf16 or more; SDXL's 8192x640 -> 5120, gated, in 85 us or less."""
 
 
-def plain(x: Tensor) -> Tensor:
+def plain_geglu(x: Tensor) -> Tensor:
     """What torch.compile is given."""
     value, gate = x.chunk(2, dim=-1)
-    return value * torch.nn.functional.gelu(gate)
+    return value * gelu(gate)
 
 
-def calls(x: Tensor, direction: str, *, compiled: bool) -> dict[str, Run]:
-    """What is timed, by name; all on the same input."""
-    ops: dict[str, Callable[[Tensor], Tensor]] = {
-        "cpu": lambda x: geglu(x, backend="cpu"),
-        "reference": lambda x: geglu(x, backend="reference"),
+def plain_geglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What torch.compile is given."""
+    return plain_geglu(linear(x, weight, bias))
+
+
+OPS: dict[str, tuple[Op, Op]] = {"geglu": (geglu, plain_geglu), "geglu_linear": (geglu_linear, plain_geglu_linear)}
+
+
+def inputs(op: str, shape: Sequence[int], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """The feed-forward's own: x, or x, weight and bias."""
+    generator = torch.Generator().manual_seed(0)
+    *lead, channels = shape
+    sizes = [(*lead, 8 * channels)] if op == "geglu" else [tuple(shape), (8 * channels, channels), (8 * channels,)]
+    return [(torch.randn(size, generator=generator) * channels ** (-0.5 * i)).to(device, dtype) for i, size in enumerate(sizes)]
+
+
+def backends(op: str, device: str) -> list[str]:
+    """What can run here: plain torch last."""
+    found = [
+        name
+        for name, implementation in implementations(op).items()
+        if implementation.device == device and implementation.missing is None
+    ]
+    return [*found, "reference"]
+
+
+def calls(op: str, tensors: list[Tensor], direction: str, *, compiled: bool) -> dict[str, Run]:
+    """What is timed, by name; all on the same inputs."""
+    ours, plain = OPS[op]
+    ops: dict[str, Op] = {
+        name: lambda *tensors, name=name: ours(*tensors, backend=name) for name in backends(op, tensors[0].device.type)
     }
+    ops["reference"] = plain
     if compiled:
         torch.compiler.reset()  # one specialised graph per shape, and no limit on how many
         ops[COMPILED] = torch.compile(plain, fullgraph=True, dynamic=False)
     make = _forward if direction == "forward" else _forward_and_backward
-    return {name: make(op, x) for name, op in ops.items()}
+    return {name: make(function, tensors) for name, function in ops.items()}
 
 
-def _forward(op: Callable[[Tensor], Tensor], x: Tensor) -> Run:
+def _forward(op: Op, tensors: list[Tensor]) -> Run:
     def run() -> None:
         with torch.no_grad():
-            op(x)
+            op(*tensors)
 
     return run
 
 
-def _forward_and_backward(op: Callable[[Tensor], Tensor], x: Tensor) -> Run:
-    x = x.detach().requires_grad_()
-    grad = torch.randn(*x.shape[:-1], x.shape[-1] // 2, generator=torch.Generator().manual_seed(1)).to(x.dtype)
-    return lambda: torch.autograd.grad(op(x), x, grad)
+def _forward_and_backward(op: Op, tensors: list[Tensor]) -> Run:
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    grad = torch.ones_like(op(*tensors))
+    return lambda: torch.autograd.grad(op(*tensors), tensors, grad)
 
 
-def judge(times: Times, chosen: str) -> str:
+def least(op: str, tensors: list[Tensor], direction: str) -> dict[str, Run]:
+    """What no implementation can do without: a copy that moves its bytes, or its matrix products."""
+    x, *weights = tensors
+    forward = direction == "forward"
+    if op == "geglu":  # halves of x moved: value, gate and y; and gradient, value, gate and both their gradients
+        halves = 3 if forward else 8
+        target = torch.empty(halves * x.numel() // 4, dtype=x.dtype, device=x.device)
+        source = torch.zeros_like(target)
+        return {"copy": lambda: target.copy_(source)}
+    x_RK, weight = x.flatten(0, -2), weights[0]
+    hidden_RM = torch.zeros(x_RK.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+
+    def products() -> None:
+        torch.mm(x_RK, weight.T, out=hidden_RM)
+        if not forward:
+            hidden_RM @ weight
+            hidden_RM.T @ x_RK
+
+    return {"product": products}
+
+
+def judge(times: Times, chosen: str, rivals: Sequence[str]) -> str:
     """Was the automatic choice right? "right" or "wrong" where the quartiles of the pairs agree, "even" where they do not."""
-    rivals = [ratio(times, peer=other, ours=chosen) for other in BACKENDS if other != chosen]
-    if any(rival.high < 1 for rival in rivals):
+    ratios = [ratio(times, peer=other, ours=chosen) for other in rivals if other != chosen]
+    if any(rival.high < 1 for rival in ratios):
         return "wrong"
-    return "right" if all(rival.low >= 1 for rival in rivals) else "even"
+    return "right" if all(rival.low >= 1 for rival in ratios) else "even"
 
 
-def no_compiler() -> str | None:
-    """Why torch.compile cannot serve here (it needs a C++ compiler); None where it can."""
+def no_compiler(device: str) -> str | None:
+    """Why torch.compile cannot serve here (it needs a C++ compiler, or Triton); None where it can."""
     try:
-        torch.compile(plain)(torch.zeros(2, 2))
+        torch.compile(plain_geglu)(torch.zeros(2, 2, device=device))
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return None
 
 
+def clock_of(device: str) -> Callable[[], float]:
+    """One that waits until the device is done."""
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
 def measure(
-    family: str, shape: Sequence[int], dtype: torch.dtype, direction: str, *, compiled: bool, timing: dict[str, Any]
+    op: str,
+    family: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    direction: str,
+    *,
+    device: str,
+    compiled: bool,
+    timing: dict[str, Any],
 ) -> dict[str, Any]:
     """One case, as it goes to the JSON."""
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    times = common.interleave(calls(x, direction, compiled=compiled), **timing)
-    chosen = automatic("geglu", "cpu", dtype)
+    tensors = inputs(op, shape, dtype, device)
+    runs = calls(op, tensors, direction, compiled=compiled) | least(op, tensors, direction)
+    times = common.interleave(runs, clock=clock_of(device), **timing)
+    features = {"N": 4 * shape[-1]} | ({} if op == "geglu" else {"K": shape[-1]})
+    arguments = tensors if op == "geglu" else [*tensors, False]
+    choice, rivals = automatic(op, arguments, features).backend, backends(op, device)
+    ours = rivals[0] if choice == "reference" else choice
     return {
-        "case": {"model": family, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "direction": direction},
+        "case": {
+            "op": op,
+            "model": family,
+            "shape": list(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "direction": direction,
+            "device": device,
+        },
         "seconds": {name: Spread.of(samples) for name, samples in times.items()},
-        "ratios": {f"{name}/cpu": ratio(times, peer=name, ours="cpu") for name in times if name != "cpu"},
-        "automatic": chosen,
-        "choice": judge(times, chosen),
+        "ratios": {f"{name}/{ours}": ratio(times, peer=name, ours=ours) for name in times if name != ours},
+        "automatic": choice,
+        "choice": judge(times, choice, rivals),
     }
 
 
 def summarise(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over the shapes, per dtype and direction: geometric means and the least of the ratios, and how the choices fared."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """Over the shapes, per op, dtype and direction: geometric means and the least of the ratios, and how the choices fared."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for case in cases:
-        groups.setdefault((case["case"]["dtype"], case["case"]["direction"]), []).append(case)
+        key = case["case"]["op"], case["case"]["dtype"], case["case"]["direction"]
+        groups.setdefault(key, []).append(case)
     return [
         {
+            "op": op,
             "dtype": dtype,
             "direction": direction,
-            "automatic": group[0]["automatic"],
-            "choices": [case["choice"] for case in group],
+            "choices": [f"{case['automatic']}: {case['choice']}" for case in group],
             "geometric_mean": {peer: geometric_mean(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
             "least": {peer: min(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
         }
-        for (dtype, direction), group in groups.items()
+        for (op, dtype, direction), group in groups.items()
     ]
 
 
 def show(record: dict[str, Any], cases: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) -> None:
-    """The table for people, and the means below it."""
-    names, peers = list(cases[0]["seconds"]), list(cases[0]["ratios"])
-    head = ["model", "shape", "dtype", "direction", *(f"{name}, ms" for name in names), *peers, "automatic", "choice"]
+    """A table for people, one line a case, and the means below it."""
+    head = ["op", "shape", "dtype", "direction", "ms", "ratios", "automatic", "choice"]
     rows = [
         [
-            case["case"]["model"],
+            case["case"]["op"],
             "x".join(map(str, case["case"]["shape"])),
             case["case"]["dtype"],
             case["case"]["direction"],
-            *(case["seconds"][name].text(3, 1e3) for name in names),
-            *(case["ratios"][peer].text() for peer in peers),
+            ", ".join(f"{name} {spread.text(3, 1e3)}" for name, spread in case["seconds"].items()),
+            ", ".join(f"{peer} {spread.median:.2f}" for peer, spread in case["ratios"].items()),
             case["automatic"],
             case["choice"],
         ]
@@ -137,26 +224,32 @@ def show(record: dict[str, Any], cases: Sequence[dict[str, Any]], summary: Seque
         ratios = ", ".join(
             f"{peer} {mean:.2f} (least {group['least'][peer]:.2f})" for peer, mean in group["geometric_mean"].items()
         )
-        choices = ", ".join(group["choices"])
-        print(f"{group['dtype']} {group['direction']}, geometric means: {ratios}; automatic: {group['automatic']} ({choices})")
+        print(f"{group['op']} {group['dtype']} {group['direction']}, geometric means: {ratios} ({', '.join(group['choices'])})")
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = common.parser(__doc__ or "")
     parser.add_argument("--without-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
-    chosen, record = common.options(arguments), common.environment()
-    left_out = "--without-compile was given" if arguments.without_compile else no_compiler()
+    chosen, record, device = common.options(arguments), common.environment(), arguments.device
+    if device == "cuda":
+        record["cpu"] = torch.cuda.get_device_name()  # the file is named after what was measured
+    left_out = "--without-compile was given" if arguments.without_compile else no_compiler(device)
     cases = [
-        measure(family, shape, dtype, direction, compiled=left_out is None, timing=chosen.timing)
+        measure(op, family, shape, dtype, direction, device=device, compiled=left_out is None, timing=chosen.timing)
+        for op in OPS
         for family, shapes in (QUICK_SHAPES if chosen.quick else SHAPES).items()
         for shape in shapes
         for dtype in DTYPES
         for direction in DIRECTIONS
+        if (op, dtype, device) != ("geglu_linear", torch.float16, "cpu") or direction == "forward"  # plain torch takes seconds
     ]
     groups = summarise(cases)
     show(record, cases, groups)
+    if device == "cuda":
+        print(H200_TARGETS)
     if left_out:
         print(f"without torch.compile: {left_out}")
     common.report(

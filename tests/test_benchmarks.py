@@ -157,14 +157,14 @@ def test_the_geometric_mean_does_not_care_which_side_is_below(ratios):
 )
 def test_a_choice_is_judged_by_the_quartiles_of_the_pairs(cpu, reference, verdict):
     times = {"cpu": cpu, "reference": reference}
-    assert judge(times, "cpu") == verdict
-    assert judge(times, "reference") == {"right": "wrong", "wrong": "right", "even": "even"}[verdict]
+    assert judge(times, "cpu", list(times)) == verdict
+    assert judge(times, "reference", list(times)) == {"right": "wrong", "wrong": "right", "even": "even"}[verdict]
 
 
 def test_the_summary_of_geglu_is_per_dtype_and_direction():
     def case(dtype: str, direction: str, median: float) -> dict:
         return {
-            "case": {"dtype": dtype, "direction": direction},
+            "case": {"op": "geglu", "dtype": dtype, "direction": direction},
             "ratios": {"reference/cpu": Spread(median, median, median, 1)},
             "automatic": "cpu",
             "choice": "right",
@@ -173,7 +173,7 @@ def test_the_summary_of_geglu_is_per_dtype_and_direction():
     groups = summarise([case("float32", "forward", 2.0), case("bfloat16", "forward", 3.0), case("float32", "forward", 8.0)])
     assert [(group["dtype"], group["least"]["reference/cpu"]) for group in groups] == [("float32", 2.0), ("bfloat16", 3.0)]
     assert math.isclose(groups[0]["geometric_mean"]["reference/cpu"], 4.0)
-    assert groups[0]["choices"] == ["right", "right"]
+    assert groups[0]["choices"] == ["cpu: right", "cpu: right"]
 
 
 def test_files_of_different_machines_and_threads_have_different_names():
