@@ -91,8 +91,12 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) => the same shape."""
+        h_BCHW, skip_BCHW = self.branches(x_BCHW)
+        return h_BCHW + skip_BCHW
+
+    def branches(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` adds up, for a norm that can add it itself (`GroupNorm`'s residual)."""
         h_BLC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(project(h_BLC), self.heads) for project in (self.to_q, self.to_k, self.to_v))
         out_BLC = self.to_out[0](merge_heads(cross_attention(q, k, v)))
-        out_BCHW: Tensor = x_BCHW + out_BLC.transpose(1, 2).reshape(x_BCHW.shape)
-        return out_BCHW
+        return out_BLC.transpose(1, 2).reshape(x_BCHW.shape), x_BCHW

@@ -1,4 +1,4 @@
-"""Group normalisation, with SiLU fused where it follows."""
+"""Group normalisation, fused with the additions before it and the SiLU after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,16 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) => the same shape."""
-        normed: Tensor = group_norm_silu(x_BCHW, self.num_groups, self.weight, self.bias, self.eps, silu=self.silu)
+    def forward(self, x_BCHW: Tensor, *, shift_BC: Tensor | None = None, residual_BCHW: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) => the same shape, of x + shift + residual; either may be left out."""
+        normed: Tensor = group_norm_silu(
+            x_BCHW,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            silu=self.silu,
+            shift=shift_BC,
+            residual=residual_BCHW,
+        )
         return normed

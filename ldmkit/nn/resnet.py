@@ -40,12 +40,14 @@ class ResBlock(nn.Module):
         Args:
             time_BC: the time embedding with SiLU already applied (it is the same for all blocks), (B, time_channels).
         """
-        h_BCHW = self.conv1(self.norm1(x_BCHW))
-        if self.time_emb_proj is not None:
-            h_BCHW = h_BCHW + self.time_emb_proj(time_BC)[:, :, None, None]
-        h_BCHW = self.conv2(self.dropout(self.norm2(h_BCHW)))
-        out: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
-        return out
+        h_BCHW, skip_BCHW = self.branches(x_BCHW, time_BC)
+        return h_BCHW + skip_BCHW
+
+    def branches(self, x_BCHW: Tensor, time_BC: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `forward` adds up, for a norm that can add it itself (`GroupNorm`'s residual)."""
+        shift_BC = None if self.time_emb_proj is None else self.time_emb_proj(time_BC)
+        h_BCHW = self.norm2(self.conv1(self.norm1(x_BCHW)), shift_BC=shift_BC)
+        return self.conv2(self.dropout(h_BCHW)), x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW)
 
 
 class Downsample(nn.Module):

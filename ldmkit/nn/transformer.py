@@ -113,6 +113,11 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x_BCHW: Tensor, context: Context | None) -> Tensor:
         """(B, C, H, W) => the same shape."""
+        h_BCHW, skip_BCHW = self.branches(x_BCHW, context)
+        return h_BCHW + skip_BCHW
+
+    def branches(self, x_BCHW: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+        """What `forward` adds up, for a norm that can add it itself (`GroupNorm`'s residual)."""
         size = x_BCHW.shape[2:]
         h = self.norm(x_BCHW)
         if self.linear_projection:
@@ -125,5 +130,4 @@ class SpatialTransformer(nn.Module):
             h = self.proj_out(h_BLC).transpose(1, 2).unflatten(2, size)
         else:
             h = self.proj_out(h_BLC.transpose(1, 2).unflatten(2, size))
-        out: Tensor = x_BCHW + h
-        return out
+        return h, x_BCHW

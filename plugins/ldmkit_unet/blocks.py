@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,10 @@ def attention(config: UNetConfig, level: int, depth: int, *, mid: bool = False) 
     )
 
 
-def attend(layer: nn.Module, x_BCHW: Tensor, context: Context | None) -> Tensor:
-    """Apply either kind of attention."""
-    out: Tensor = layer(x_BCHW, context) if isinstance(layer, SpatialTransformer) else layer(x_BCHW)
-    return out
+def attend(layer: nn.Module, x_BCHW: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
+    """The two branches, yet to be added, of either kind of attention."""
+    assert isinstance(layer, SpatialTransformer | AttentionBlock)
+    return layer.branches(x_BCHW, context) if isinstance(layer, SpatialTransformer) else layer.branches(x_BCHW)
 
 
 class DownBlock(nn.Module):
@@ -65,7 +65,7 @@ class DownBlock(nn.Module):
         for i, resnet in enumerate(self.resnets):
             x_BCHW = resnet(x_BCHW, time_BC)
             if self.attentions:
-                x_BCHW = attend(self.attentions[i], x_BCHW, context)
+                x_BCHW = torch.add(*attend(self.attentions[i], x_BCHW, context))
             skips.append(x_BCHW)
         for downsample in self.downsamplers:
             x_BCHW = downsample(x_BCHW)
@@ -86,7 +86,7 @@ class MidBlock(nn.Module):
         """Features => features."""
         x_BCHW = self.resnets[0](x_BCHW, time_BC)
         for layer in self.attentions:
-            x_BCHW = attend(layer, x_BCHW, context)
+            x_BCHW = torch.add(*attend(layer, x_BCHW, context))
         out: Tensor = self.resnets[1](x_BCHW, time_BC)
         return out
 
@@ -106,10 +106,20 @@ class UpBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, skips: Sequence[Tensor], time_BC: Tensor, context: Context | None) -> Tensor:
         """Features, and as many skipped ones as there are res blocks, the last of them first to be used => features."""
-        for i, resnet in enumerate(self.resnets):
-            x_BCHW = resnet(torch.cat([x_BCHW, skips[-1 - i]], dim=1), time_BC)
-            if self.attentions:
-                x_BCHW = attend(self.attentions[i], x_BCHW, context)
+        x_BCHW = torch.add(*self.branches(x_BCHW, skips, time_BC, context))
         for upsample in self.upsamplers:
             x_BCHW = upsample(x_BCHW)
         return x_BCHW
+
+    def branches(
+        self, x_BCHW: Tensor, skips: Sequence[Tensor], time_BC: Tensor, context: Context | None
+    ) -> tuple[Tensor, Tensor]:
+        """The two branches of the last layer, yet to be added, before any change of resolution."""
+        branches: tuple[Tensor, Tensor] | None = None
+        for i, resnet in enumerate(self.resnets):
+            x_BCHW = x_BCHW if branches is None else torch.add(*branches)
+            branches = cast(ResBlock, resnet).branches(torch.cat([x_BCHW, skips[-1 - i]], dim=1), time_BC)
+            if self.attentions:
+                branches = attend(self.attentions[i], torch.add(*branches), context)
+        assert branches is not None
+        return branches

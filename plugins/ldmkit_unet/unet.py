@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,12 @@ class UNet(Denoiser):
             h_BCHW, new = down_block(h_BCHW, time_BC, context)
             skips += new
         h_BCHW = self.mid_block(h_BCHW, time_BC, context)
-        for up_block in self.up_blocks:
-            used = self.config.layers_per_block + 1
+        used = self.config.layers_per_block + 1
+        for up_block in self.up_blocks[:-1]:
             skips, taken = skips[:-used], skips[-used:]
             h_BCHW = up_block(h_BCHW, taken, time_BC, context)
-        out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW))
+        h_BCHW, residual_BCHW = cast(UpBlock, self.up_blocks[-1]).branches(h_BCHW, skips, time_BC, context)
+        out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW, residual_BCHW=residual_BCHW))
         return out
 
     def prepare(self, condition: Condition) -> Condition:

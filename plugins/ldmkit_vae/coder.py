@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -22,11 +24,15 @@ class MidBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) => the same shape."""
+        h_BCHW, skip_BCHW = self.branches(x_BCHW)
+        return h_BCHW + skip_BCHW
+
+    def branches(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The two branches of the last res block, yet to be added."""
         x_BCHW = self.resnets[0](x_BCHW)
         for attention in self.attentions:
             x_BCHW = attention(x_BCHW)
-        out: Tensor = self.resnets[1](x_BCHW)
-        return out
+        return cast(ResBlock, self.resnets[1]).branches(x_BCHW)
 
 
 class Level(nn.Module):
@@ -56,13 +62,18 @@ class Level(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, in_channels, H, W) => (B, out_channels, H', W'), half or double the size where it resamples."""
-        for i, resnet in enumerate(self.resnets):
-            x_BCHW = resnet(x_BCHW)
-            if self.attentions:
-                x_BCHW = self.attentions[i](x_BCHW)
+        h_BCHW, skip_BCHW = self.branches(x_BCHW)
+        x_BCHW = h_BCHW + skip_BCHW
         for resample in (*self.downsamplers, *self.upsamplers):
             x_BCHW = resample(x_BCHW)
         return x_BCHW
+
+    def branches(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The two branches of the last layer, yet to be added, before any change of resolution."""
+        *layers, last = chain(*zip(self.resnets, self.attentions, strict=True)) if self.attentions else self.resnets
+        for layer in layers:
+            x_BCHW = layer(x_BCHW)
+        return cast(ResBlock | AttentionBlock, last).branches(x_BCHW)
 
 
 class Encoder(nn.Module):
@@ -105,7 +116,8 @@ class Encoder(nn.Module):
         h_BCHW = self.conv_in(x_BCHW)
         for block in self.down_blocks:
             h_BCHW = block(h_BCHW)
-        out: Tensor = self.conv_out(self.conv_norm_out(self.mid_block(h_BCHW)))
+        h_BCHW, residual_BCHW = self.mid_block.branches(h_BCHW)
+        out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW, residual_BCHW=residual_BCHW))
         return out
 
 
@@ -147,9 +159,10 @@ class Decoder(nn.Module):
     def forward(self, z_BCHW: Tensor) -> Tensor:
         """(B, in_channels, H, W) => (B, out_channels, H 2^(levels - 1), W 2^(levels - 1))."""
         h_BCHW = self.mid_block(self.conv_in(z_BCHW))
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             h_BCHW = block(h_BCHW)
-        out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW))
+        h_BCHW, residual_BCHW = cast(Level, self.up_blocks[-1]).branches(h_BCHW)
+        out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW, residual_BCHW=residual_BCHW))
         return out
 
 

@@ -15,6 +15,7 @@ from ldmkit.nn import (
     Context,
     Downsample,
     GroupNorm,
+    ResBlock,
     SpatialTransformer,
     Upsample,
     sinusoidal_embedding,
@@ -122,3 +123,23 @@ def test_attention_block_commutes_with_pixel_permutations() -> None:
     permuted = block(x_BCHW.flatten(2)[:, :, order].unflatten(2, (2, 6))).flatten(2)
     out, exact = block(x_BCHW).flatten(2), double(block)(x_BCHW.double()).flatten(2)
     assert_as_accurate(permuted, out[:, :, order], exact[:, :, order])
+
+
+@torch.no_grad()
+def test_what_a_norm_adds_is_what_would_be_added_before_it() -> None:
+    """The time embedding inside a res block, and the last sum of a network inside its last norm; the names of weights stay."""
+    generator = torch.Generator().manual_seed(0)
+    norm = GroupNorm(4, 8, eps=1e-5, silu=True)
+    randomise(norm)
+    x_BCHW, residual_BCHW = (torch.randn(2, 8, 3, 4, generator=generator) for _ in range(2))
+    shift_BC = torch.randn(2, 8, generator=generator)
+    fused = norm(x_BCHW, shift_BC=shift_BC, residual_BCHW=residual_BCHW)
+    torch.testing.assert_close(fused, norm(x_BCHW + shift_BC[:, :, None, None] + residual_BCHW))
+    assert set(norm.state_dict()) == {"weight", "bias"}
+
+    block = ResBlock(8, 8, time_channels=6, num_groups=4, eps=1e-5)
+    randomise(block)
+    time_BC = torch.randn(2, 6, generator=generator)
+    assert torch.equal(torch.add(*block.branches(x_BCHW, time_BC)), block(x_BCHW, time_BC))
+    shifted_BCHW = block.conv1(block.norm1(x_BCHW)) + block.time_emb_proj(time_BC)[:, :, None, None]
+    torch.testing.assert_close(block(x_BCHW, time_BC), x_BCHW + block.conv2(block.norm2(shifted_BCHW)))
