@@ -48,7 +48,7 @@ def group_norm_silu(
         InputTypeError: x not floating point, or another tensor of another dtype.
         KernelError: a forced backend cannot serve.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, shift, residual = _widened(x), *(_widened(t) for t in (weight, bias, shift, residual))
     _check(x, num_groups, eps, weight=weight, bias=bias, shift=shift, residual=residual)
     arguments = (x, num_groups, weight, bias, eps, silu, shift, residual)
