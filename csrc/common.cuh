@@ -42,20 +42,32 @@
 
 namespace ldmkit {
 
+// `cluster` neighbouring blocks (in x) run at a time and can meet; 1 is any device's.
 template <class... Parameters, class... Arguments>
-int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, void (*kernel)(Parameters...),
-           Arguments... arguments) {
+int launch_cluster(dim3 grid, dim3 block, int cluster, size_t shared_bytes, cudaStream_t stream, void (*kernel)(Parameters...),
+                   Arguments... arguments) {
   if (shared_bytes > 48 * 1024) {  // what a kernel gets unasked
     const int code = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes));
     if (code != cudaSuccess) return code;
   }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <class... Parameters, class... Arguments>
+int launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, void (*kernel)(Parameters...),
+           Arguments... arguments) {
+  return launch_cluster(grid, block, 1, shared_bytes, stream, kernel, arguments...);
 }
 
 }  // namespace ldmkit
@@ -168,6 +180,13 @@ __device__ inline void cp_async_wait() {
   emulation::cp_async_wait(N);
 #else
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
+// The blocks of a cluster meet (launch_cluster, sm_90 and later); what they wrote before, to global memory too, is seen after.
+__device__ inline void cluster_sync() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 

@@ -35,4 +35,12 @@ void group_norm_silu_backward_cpu(const GroupNormSilu& call, const void* grad, i
                                   const void* rstd, void* grad_x, void* grad_weight, void* grad_bias, void* grad_shift,
                                   const Threads& threads);
 
+// CUDA launchers return a cudaError_t, 0 for success, and do not wait. `stream` is a cudaStream_t; `workspace` is 16-byte
+// aligned and as large as group_norm_silu_workspace says.
+int64_t group_norm_silu_workspace(const GroupNormSilu& call, bool backward);
+int group_norm_silu_forward_cuda(const GroupNormSilu& call, void* y, void* mean, void* rstd, void* workspace, void* stream);
+int group_norm_silu_backward_cuda(const GroupNormSilu& call, const void* grad, int64_t grad_image, const void* mean,
+                                  const void* rstd, void* grad_x, void* grad_weight, void* grad_bias, void* grad_shift,
+                                  void* workspace, void* stream);
+
 }  // namespace ldmkit

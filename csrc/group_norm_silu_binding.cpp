@@ -143,3 +143,59 @@ LDMKIT_BIND {
 
 }  // namespace
 }  // namespace ldmkit
+
+#ifdef LDMKIT_DEVICE
+
+namespace ldmkit::device {
+namespace {
+
+at::Tensor workspace_for(const Prepared& prepared, bool backward) {
+  return at::empty({group_norm_silu_workspace(prepared.call, backward)}, prepared.x.options().dtype(at::kByte));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cuda(const at::Tensor& x, int64_t groups, const Optional& weight,
+                                                            const Optional& bias, double eps, bool silu, const Optional& shift,
+                                                            const Optional& residual) {
+  const Launch launch(x);
+  const Prepared prepared(x, groups, weight, bias, eps, silu, shift, residual);
+  const at::Tensor y = at::empty_like(x, prepared.format);
+  if (y.numel() == 0)
+    return {y, at::zeros({x.size(0), groups}, prepared.statistics()), at::zeros({x.size(0), groups}, prepared.statistics())};
+  const at::Tensor mean = at::empty({x.size(0), groups}, prepared.statistics()), rstd = at::empty_like(mean);
+  const at::Tensor workspace = workspace_for(prepared, false);
+  check_launch(group_norm_silu_forward_cuda(prepared.call, y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), workspace.data_ptr(),
+                                            launch.stream));
+  return {y, mean, rstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cuda(const at::Tensor& grad, const at::Tensor& x,
+                                                                         int64_t groups, const Optional& weight,
+                                                                         const Optional& bias, bool silu, const Optional& shift,
+                                                                         const Optional& residual, const at::Tensor& mean,
+                                                                         const at::Tensor& rstd) {
+  const Launch launch(x);
+  const Prepared prepared(x, groups, weight, bias, 0, silu, shift, residual);
+  check_backward(prepared, grad, x, mean, rstd);
+  const at::Tensor grad_x = at::empty_like(x, prepared.format);
+  if (x.numel() == 0)
+    return {grad_x, at::zeros({x.size(1)}, x.options()), at::zeros({x.size(1)}, x.options()),
+            at::zeros({x.size(0), x.size(1)}, x.options())};
+  const at::Tensor grad_weight = at::empty({x.size(1)}, x.options()), grad_bias = at::empty({x.size(1)}, x.options());
+  const at::Tensor grad_shift = at::empty({x.size(0), x.size(1)}, x.options()), workspace = workspace_for(prepared, true);
+  const at::Tensor incoming = dense_images(grad, prepared.format), mean_NG = mean.contiguous(), rstd_NG = rstd.contiguous();
+  check_launch(group_norm_silu_backward_cuda(prepared.call, incoming.const_data_ptr(), between_images(incoming),
+                                             mean_NG.const_data_ptr(), rstd_NG.const_data_ptr(), grad_x.data_ptr(),
+                                             grad_weight.data_ptr(), grad_bias.data_ptr(), grad_shift.data_ptr(),
+                                             workspace.data_ptr(), launch.stream));
+  return {grad_x, grad_weight, grad_bias, grad_shift};
+}
+
+LDMKIT_BIND {
+  module.def("group_norm_silu_forward_cuda", &forward_cuda, Unlocked());
+  module.def("group_norm_silu_backward_cuda", &backward_cuda, Unlocked());
+}
+
+}  // namespace
+}  // namespace ldmkit::device
+
+#endif
