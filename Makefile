@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all lint format train-emoji clean
+.PHONY: demo test test-all bench gpu-check lint format train-emoji clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ldmkit_emoji.demo --output out/demo.png
@@ -21,6 +21,16 @@ test: lint
 
 test-all: lint
 	HYPOTHESIS_PROFILE=thorough $(PYTEST) -m ""
+
+# Kernels on this CPU, with one thread and with two, beside plain torch and torch.compile; BENCH names others. On a quiet machine.
+BENCH ?= $(patsubst benchmarks/%.py,%,$(wildcard $(patsubst %,benchmarks/%.py,geglu geglu_linear group_norm_silu cross_attention)))
+bench: $(VENV)/.installed-dev
+	@set -e; for name in $(BENCH); do for threads in 1 2; do \
+		OMP_NUM_THREADS=$$threads $(BIN)/python -m benchmarks.$$name --threads $$threads; done; done
+
+# All that takes a GPU: CUDA build, tests, `ldmkit verify`, compute-sanitizer, benchmarks. ARGS="--quick --minutes 10" for a short lease.
+gpu-check: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from ldmkit.kernels.compiled import lacks
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "common", "gpu_check"))
 KEYS = {"benchmark", "claim", "date", "quick", "timing", "environment", "cases", "summary"}
 RECORD = {"cpu", "cores", "threads", "instructions", "load", "os", "python", "versions", "commit"}
 OF_ITS_OWN = {

@@ -1,0 +1,1 @@
+"""Benchmarks that need a CUDA device; `make gpu-check` runs them all."""

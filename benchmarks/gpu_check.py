@@ -1,0 +1,249 @@
+"""Everything that takes a GPU, in one command: build, tests, the contract, the sanitizer, benchmarks; a short table last.
+
+A step that fails is shown, makes the exit code 1, and stops nothing that comes after it. Steps that passed are not run again
+until a source file changes (--fresh runs all), so that a lease that ends too early can go on where it stopped; --minutes ends
+one in time. Logs and state are in out/gpu-check, figures in benchmarks/results/gpu (with --quick in out/gpu).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from benchmarks.common import RESULTS, ROOT
+
+FOLDER = ROOT / "out" / "gpu-check"
+PASSED, FAILED, TIMED_OUT, SKIPPED, KEPT, LATE = "passed", "failed", "timed out", "skipped", "passed before", "no time left"
+TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
+TAIL = 15
+"""Lines of a failed step's log that are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A command. `skip` says why it cannot run here; exit codes in `fine` are no failure."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    skip: str | None = None
+    fine: tuple[int, ...] = (0,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a step ended, and the last line that it printed."""
+
+    name: str
+    verdict: str
+    seconds: float
+    last: str
+
+    @property
+    def bad(self) -> bool:
+        return self.verdict in (FAILED, TIMED_OUT, LATE)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the steps
+
+
+def steps(*, quick: bool) -> list[Step]:
+    """All of them, in order: what others need comes first."""
+    python, hurry = sys.executable, ["--quick"] if quick else []
+    verify = [python, "-m", "ldmkit.cli", "verify", "all", "--backend"]
+    kernel_tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_*triton*.py"))
+    sanitizer = shutil.which("compute-sanitizer")
+    lacking = None if sanitizer else "compute-sanitizer is not on PATH"
+    only = ["--only", "14", *([] if quick else ["--only", "11"])]
+    return [
+        Step("build", [python, "setup.py", "build_ext", "--inplace"], 400, {"LDMKIT_BUILD": "cuda"}),
+        Step("tests that need a GPU", [python, "-m", "pytest", "-q", "-m", "gpu"], 300, fine=(0, 5)),  # 5: none is collected
+        Step("tests of Triton kernels", [python, "-m", "pytest", "-q", *kernel_tests], 300),
+        *(Step(f"verify {backend}", [*verify, backend], 300) for backend in ("triton", "cuda")),
+        *(
+            Step(
+                f"sanitizer: {tool}",
+                [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *verify, "cuda", *only],
+                120 if quick else 600,
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that out of bounds of a tensor is out of bounds of an allocation
+                skip=lacking,
+            )
+            for tool in TOOLS
+        ),
+        *(
+            Step(f"benchmark: {' '.join(call)}", [python, "-m", f"benchmarks.{call[0]}", *call[1:], *hurry], 300)
+            for call in benchmarks()
+        ),
+    ]
+
+
+def benchmarks() -> list[list[str]]:
+    """Module and options of those in benchmarks/gpu, and of those beside it that have an option for a GPU."""
+    folder = ROOT / "benchmarks"
+    found = [[f"gpu.{path.stem}"] for path in sorted((folder / "gpu").glob("*.py")) if path.stem not in ("__init__", "timing")]
+    for path in sorted(folder.glob("*.py")):
+        text = path.read_text()
+        for option, arguments in (('"--gpu"', ["--gpu"]), ('"--device"', ["--device", "cuda"])):
+            if f"add_argument({option}" in text:
+                found.append([path.stem, *arguments])
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------- running
+
+
+def run(step: Step, log: Path) -> Outcome:
+    """Runs a step to its end or its limit; its output goes to the log."""
+    if step.skip is not None:
+        return Outcome(step.name, SKIPPED, 0.0, step.skip)
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "plugins"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with log.open("w") as out:
+        try:
+            code = _exit_code(step, environment, out)
+            verdict = TIMED_OUT if code is None else PASSED if code in step.fine else FAILED
+        except OSError as error:
+            out.write(str(error))
+            verdict = FAILED
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return Outcome(step.name, verdict, time.monotonic() - start, lines[-1].strip() if lines else "")
+
+
+def _exit_code(step: Step, environment: dict[str, str], out: TextIO) -> int | None:
+    """None past the limit. What the command started ends with it: a process left behind would keep the device busy."""
+    process = subprocess.Popen(
+        step.command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait(step.seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_all(chosen: Sequence[Step], state: Path, key: str, budget: float = math.inf) -> list[Outcome]:
+    """Runs what has not passed before under this key, for `budget` seconds. The state is written after every step."""
+    end = time.monotonic() + budget
+    known = json.loads(state.read_text()) if state.exists() else {}
+    passed: dict[str, str] = known.get("passed", {}) if known.get("key") == key else {}
+    outcomes = []
+    for step in chosen:
+        if step.name in passed:
+            outcome = Outcome(step.name, KEPT, 0.0, passed[step.name])
+        elif (left := end - time.monotonic()) <= 0:
+            outcome = Outcome(step.name, LATE, 0.0, "run the same command again to go on")
+        else:
+            print(f"--- {step.name}", flush=True)
+            log = state.parent / f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower())}.log"
+            outcome = run(dataclasses.replace(step, seconds=min(step.seconds, left)), log)
+            if outcome.bad:
+                print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]))
+            elif outcome.verdict == PASSED:
+                passed[step.name] = outcome.last
+                state.parent.mkdir(parents=True, exist_ok=True)
+                state.write_text(json.dumps({"key": key, "passed": passed}, indent=1))
+            print(f"    {outcome.verdict} in {outcome.seconds:.0f} s", flush=True)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def sources_key(extra: str) -> str:
+    """Of all that a step depends on: the text of the sources, and `extra`."""
+    digest = hashlib.sha256(extra.encode())
+    folders = ("csrc", "ldmkit", "plugins", "tests", "benchmarks")
+    files = [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*"))]
+    for path in sorted(files):
+        if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h", ".json") and RESULTS not in path.parents:
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------------- reporting
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """What `make gpu-check` prints last."""
+    rows = [(o.name, o.verdict, f"{o.seconds:.0f} s", o.last[:70]) for o in outcomes]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]).rstrip() for row in rows
+    )
+
+
+def device() -> dict[str, Any] | None:
+    """The GPU and the versions; None without one. Asked in another process: this one holds no memory of the device."""
+    ask = (
+        "import json, torch; p = torch.cuda.get_device_properties(0); print(json.dumps({'gpu': p.name,"
+        " 'capability': f'{p.major}.{p.minor}', 'torch': torch.__version__, 'cuda': torch.version.cuda}))"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return None
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    smi = shutil.which("nvidia-smi")
+    if smi is not None:
+        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 if every step that can run here passed, 1 if one did not, 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small benchmarks, short sanitizer runs")
+    parser.add_argument("--fresh", action="store_true", help="run again what passed before")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="start nothing after, and go on next time")
+    parser.add_argument("--only", metavar="WORD", help="only steps whose name has this in it")
+    options = parser.parse_args(arguments)
+    here = device()
+    if here is None:
+        print("gpu-check needs a CUDA device that torch can use; `python -c 'import torch; torch.zeros(1).cuda()'` says more")
+        return 2
+    chosen = [step for step in steps(quick=options.quick) if options.only is None or options.only in step.name]
+    if not chosen:
+        print(f"no step has {options.only!r} in its name; there are {', '.join(s.name for s in steps(quick=options.quick))}")
+        return 2
+    state = FOLDER / "state.json"
+    if options.fresh:
+        state.unlink(missing_ok=True)
+    outcomes = run_all(chosen, state, sources_key(f"{here} {options.quick}"), 60 * options.minutes)
+    folder = (ROOT / "out" if options.quick else RESULTS) / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {
+        "check": "gpu-check",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "quick": options.quick,
+        "device": here,
+        "steps": [dataclasses.asdict(outcome) for outcome in outcomes],
+    }
+    path = folder / f"gpu-check-{re.sub(r'[^a-z0-9]+', '-', here['gpu'].lower())}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    bad = sum(outcome.bad for outcome in outcomes)
+    print(f"\n{', '.join(f'{name} {value}' for name, value in here.items())}\n{table(outcomes)}")
+    print(f"\n{bad} of {len(outcomes)} steps failed; written: {path}" if bad else f"\nnothing failed; written: {path}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
