@@ -100,8 +100,17 @@ __device__ Pair<typename Compute<T>::type> total_of(const Arguments<T>& a, int64
   return {OverWarp()(two.first) * a.group_share, OverWarp()(two.second) * a.group_share};
 }
 
+// Blocks a multiprocessor must have room for: two, but sm_100's code for one of them would spill a register then.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <int Q, Mode mode>
+constexpr int kRoomFor = Q == 8 && mode == Mode::once ? 1 : 2;
+#else
+template <int Q, Mode mode>
+constexpr int kRoomFor = 2;
+#endif
+
 template <class T, int V, int Q, Mode mode>
-__global__ void __launch_bounds__(kThreads, 2) backward(const Arguments<T> a) {
+__global__ void __launch_bounds__(kThreads, (kRoomFor<Q, mode>)) backward(const Arguments<T> a) {
   using C = typename Compute<T>::type;
   DYNAMIC_SHARED(memory);
   const Cut& cut = a.cut;
