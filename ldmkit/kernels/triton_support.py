@@ -53,6 +53,7 @@ class StaticCase:
         options: num_warps, num_stages.
         dot: it multiplies matrices, so tensor-core instructions are expected.
         dispatched: False where no call of ours launches it, so that spills are only reported.
+        architectures: the compute capabilities it is for, times ten; empty is all.
     """
 
     kernel: Any
@@ -63,6 +64,7 @@ class StaticCase:
     options: Mapping[str, int] = field(default_factory=dict)
     dot: bool = False
     dispatched: bool = True
+    architectures: Sequence[int] = ()
 
 
 TRITON_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}

@@ -69,7 +69,7 @@ def cross_attention(
         InputTypeError: dtypes that do not fit.
         KernelError: a forced backend cannot serve.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t.to(dtype) if t.dtype in _AUTOCAST else t for t in (q, k, v))
         mask = mask.to(dtype) if mask is not None and mask.dtype in _AUTOCAST else mask

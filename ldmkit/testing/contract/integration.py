@@ -162,9 +162,9 @@ def bad_input(t: Trial) -> None:
 
 def wrong_device(t: Trial) -> None:
     """Tensors that a backend cannot reach are refused by name."""
-    problem = replace(t.problem, tensors={name: x.to("meta") for name, x in t.problem.tensors.items()})
+    arguments = {**t.problem.tensors, **t.problem.options}
     try:
-        t.subject.call(**problem.tensors, **problem.options)
+        t.subject.call(**{name: x.to("meta") if isinstance(x, Tensor) else x for name, x in arguments.items()})
     except KernelError as error:
         if "meta" in str(error):
             return
