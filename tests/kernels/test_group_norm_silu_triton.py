@@ -30,9 +30,9 @@ def test_values_and_gradients(call):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("shape", [(8, 2, 4), (24, 8, 8), (30, 5, 7), (32, 16, 16)])
+@pytest.mark.parametrize("shape", [(8, 2, 4), (30, 5, 7), (16, 8, 16)])
 def test_an_image_alone_and_in_any_place_has_the_same_bits(shape, last):
-    x = formatted(randn((3, *shape), 0, torch.bfloat16), last).to(DEVICE)
+    x = formatted(randn((2, *shape), 0, torch.bfloat16), last).to(DEVICE)
     y, grad, grad_weight = both_ways(x, 2)
     assert torch.equal(both_ways(x[1:2], 2)[0], y[1:2])
     assert all(map(torch.equal, both_ways(x, 2), (y, grad, grad_weight)))
