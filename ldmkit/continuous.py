@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+import ldmkit.config
 from ldmkit.config import Config
 from ldmkit.errors import ConfigError, InputError
 from ldmkit.interfaces import Level
@@ -20,7 +21,7 @@ class FlowSchedule(Schedule):
     arXiv:2209.03003), the model told t = s T.
     """
 
-    class Config(Config):
+    class Config(ldmkit.config.Config):
         """Attributes:
         num_train_timesteps: T.
         shift: how much more of a run is spent near the noise, s -> shift s / (1 + (shift - 1) s) (Esser et al. 2024,
@@ -79,7 +80,7 @@ class EDMSchedule(Schedule):
     variance-preserving ones of the same ratio.
     """
 
-    class Config(Config):
+    class Config(ldmkit.config.Config):
         """Attributes:
         sigma_min, sigma_max: the least and greatest noise of a run; it ends on the clean image.
         rho: 7 crowds steps towards little noise (eq. 5).
