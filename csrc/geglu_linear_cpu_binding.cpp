@@ -55,7 +55,7 @@ class Blocks {
   // Runs work(begin, end, hidden) for all rows, in blocks: each on a thread of its own where there are enough of them.
   template <class Work>
   void for_each(const Work& work) const {
-    constexpr int64_t kRows = 512;
+    constexpr int64_t kRows = 256;
     const int64_t block = rows >= kRows * at::get_num_threads() ? kRows : rows;
     at::parallel_for(0, (rows + block - 1) / block, 1, [&](int64_t first, int64_t last) {
       const at::AutoDispatchBelowADInplaceOrView no_autograd;

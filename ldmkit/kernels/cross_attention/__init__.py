@@ -54,7 +54,8 @@ def cross_attention(
         k, v: (B, H, S, D), in the dtype and on the device of q. S may be 0, which gives 0.
         mask: (B, S), one flag or number per key, or anything that broadcasts to (B, H, L, S) with as many dimensions. bool,
             True where a query may attend to a key; or in the dtype of q, added to the scores (-inf hides a key). A query that
-            may attend to no key gives exactly 0, with gradient 0.
+            may attend to no key gives exactly 0, with gradient 0. A key that no query of a head may attend to is not read: it
+            may hold NaN.
         scale: of the scores; None is 1 / sqrt(D).
         return_lse: also gives the log of the sum of exponentials of every query's scores, by which attention to parts of a
             context can be merged exactly.
