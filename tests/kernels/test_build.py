@@ -1,8 +1,6 @@
-"""What setup.py decides to build, and that the CUDA source compiles where nvcc is."""
+"""What setup.py decides to build."""
 
 import importlib.util
-import re
-import shutil
 import subprocess
 import sys
 
@@ -66,17 +64,3 @@ def test_every_source_is_built_and_no_flag_ties_the_build_to_this_machine(setup_
     assert set(module.depends) == {str(p.relative_to(root)) for p in (root / "csrc").glob("*.*h")}
     flags = module.extra_compile_args["cxx"] if isinstance(module.extra_compile_args, dict) else module.extra_compile_args
     assert not [f for f in flags if f.startswith(("-march", "-mtune", "-ffast-math"))]
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_cuda_sources_compile_without_spills(root, tmp_path, arch):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is not on PATH")
-    for source in sorted((root / "csrc").glob("*.cu")):
-        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", source.read_text()), f"{source.name} includes torch"
-        command = [nvcc, "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", str(source)]
-        done = subprocess.run([*command, "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "bytes stack frame" in done.stderr
-        assert "warning" not in done.stderr, done.stderr
