@@ -86,7 +86,7 @@ def extremes() -> list[Case]:
 
 
 def large(tiny: bool) -> list[Case]:
-    size = {"lead": (2, 40), "k": 40, "n": 72} if tiny else {"lead": (2, 130), "k": 320, "n": 160}
+    size = {"lead": (2, 70), "k": 40, "n": 72} if tiny else {"lead": (2, 130), "k": 320, "n": 160}
     return [{**PLAIN_CASE, **size, "dtype": dtype} for dtype in LOW[: 1 if tiny else 3]]
 
 
