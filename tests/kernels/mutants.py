@@ -276,7 +276,7 @@ def variance_from_squares(x, num_groups, *args, **kwargs):
     return norm(statistics, x, num_groups, *args, **kwargs)
 
 
-@caught_by("no bias of an item", op="group_norm_silu")
+@caught_by("no bias", op="group_norm_silu")
 def statistics_in_the_inputs_dtype(x, num_groups, *args, **kwargs):
     return norm(lambda h, eps: (s.to(x.dtype).to(h.dtype) for s in two_passes(h, eps)), x, num_groups, *args, **kwargs)
 

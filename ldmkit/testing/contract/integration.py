@@ -223,7 +223,7 @@ def _fixed(most: int | None = None, **changes: Any) -> Callable[[Subject], Itera
     """Cases of an op's ordinary size, with all optional arguments and without: the first `most` of them."""
 
     def cases(subject: Subject) -> Iterable[Case]:
-        for case in ORDINARY[subject.op.name][:most]:
+        for case in ORDINARY[subject.op.name][: 1 if subject.tiny else most]:
             full = {**subject.op.many(), **case}
             yield {**full, **{name: value for name, value in changes.items() if name in full}}
 
