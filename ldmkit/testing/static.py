@@ -1,9 +1,10 @@
 """Checks of GPU kernels that need no GPU: both kinds are compiled for sm_80, sm_90 and sm_100, and the machine code is read.
 
-For fp16 and bf16: no stack frame and no spills; tensor-core instructions where matrices are multiplied; loads of more than one
-element where addresses are declared aligned; nothing in float64. fp32 kernels that spill are reported, and an error where some
-call launches them. Triton's kernels are those that `static_cases()` of `ldmkit.kernels.<op>.triton` lists, compiled in another
-process, since in ours Triton may be interpreting; CUDA's are `csrc/*.cu`, by nvcc.
+For fp16 and bf16: no stack frame and no spills; tensor-core instructions where matrices are multiplied; where addresses are
+declared aligned, more bytes in loads of several elements than in loads of one; nothing in float64. fp32 kernels that spill are
+reported, and an error where some call launches them. Triton's kernels are those that `static_cases()` of
+`ldmkit.kernels.<op>.triton` lists, compiled in another process, since in ours Triton may be interpreting; CUDA's are
+`csrc/*.cu`, by nvcc.
 
     python -m ldmkit.testing.static geglu --arch 90
 """
@@ -29,7 +30,11 @@ from ldmkit.kernels.triton_support import StaticCase
 
 ARCHITECTURES = (80, 90, 100)
 _TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
-_WIDE_LOADS = re.compile(r"\bld\.global[.\w:]*\.v[248]\.[bfu]\d+|\bcp\.async\.c[ag]\.shared\.global|\bcp\.async\.bulk")
+_LOAD = re.compile(
+    r"\bld\.global[\w.:]*?(?:\.v(?P<vector>\d))?\.[bfu](?P<bits>\d+)\b"
+    r"|\bcp\.async\.ca[\w.:]*[^;]*?, (?P<size>0x[0-9a-f]+|\d+)[,;]"
+    r"|\bcp\.async\.(?P<block>cg|bulk)"
+)
 _DOUBLE = re.compile(r"\.f64\b")
 _DOUBLE_MACHINE = re.compile(r"\b(DADD|DMUL|DFMA|DSETP|DMNMX|DMMA|F2F\.F64\.\w+|F2F\.\w+\.F64|I2F\.F64\S*)\b")
 
@@ -83,11 +88,12 @@ def check_triton(module: str, *, architectures: Sequence[int] = ARCHITECTURES, e
     return [Compiled(**{**row, "wrong": tuple(row["wrong"]), "noted": tuple(row["noted"])}) for row in rows]
 
 
-def representative(cases: Iterable[StaticCase]) -> Iterator[StaticCase]:
-    """The first case in half precision of each kernel."""
+def representative(cases: Iterable[StaticCase], architectures: Sequence[int]) -> Iterator[StaticCase]:
+    """The first case in half precision of each kernel, for one of these architectures."""
     seen = set()
     for case in cases:
-        if case.kernel not in seen and _dtype(case) == "low":
+        here = not case.architectures or set(case.architectures) & set(architectures)
+        if here and case.kernel not in seen and _dtype(case) == "low":
             seen.add(case.kernel)
             yield case
 
@@ -127,9 +133,22 @@ def _rules(case: StaticCase, ptx: str, stack: int) -> tuple[list[str], list[str]
         wrong.append("float64 instructions")
     if dtype == "low" and case.dot and not _TENSOR_CORES.search(ptx):
         wrong.append("no tensor-core instructions")
-    if dtype == "low" and case.aligned and not _WIDE_LOADS.search(ptx):
-        wrong.append("no loads of more than one element")
+    narrow, wide = _loaded(ptx)
+    if dtype == "low" and case.aligned and narrow > wide:
+        wrong.append(f"{narrow} bytes are loaded one element at a time, {wide} in wider loads")
     return wrong, noted
+
+
+def _loaded(ptx: str) -> tuple[int, int]:
+    """Bytes that a thread's load instructions name: (one or two at a time, more at a time)."""
+    narrow = wide = 0
+    for load in _LOAD.finditer(ptx):
+        if load["bits"]:
+            loaded = int(load["vector"] or 1) * int(load["bits"]) // 8
+        else:
+            loaded = int(load["size"], 0) if load["size"] else 16
+        narrow, wide = (narrow + loaded, wide) if loaded <= 2 else (narrow, wide + loaded)
+    return narrow, wide
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -201,8 +220,8 @@ def main() -> None:
     parser.add_argument("--every", action="store_true", help="all cases, not one for each kernel")
     args = parser.parse_args()
     module = importlib.import_module(args.module if "." in args.module else f"ldmkit.kernels.{args.module}.triton")
-    for case in module.static_cases() if args.every else representative(module.static_cases()):
-        for architecture in args.arch:
+    for case in module.static_cases() if args.every else representative(module.static_cases(), args.arch):
+        for architecture in args.arch if not case.architectures else set(args.arch) & set(case.architectures):
             print(json.dumps(asdict(compile_case(case, architecture))), flush=True)
 
 

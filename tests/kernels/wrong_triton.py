@@ -51,7 +51,7 @@ def static_cases():
         common = {"kernel": kernel, "label": label, "signature": signature, "constants": constants}
         return StaticCase(**common, aligned=("x", "y"), **more)
 
-    yield case(narrow_loads, "no loads of more than one", {**low, "stride": "i32"}, {"D": 40, "BLOCK": 32})
+    yield case(narrow_loads, "one element at a time", {**low, "stride": "i32"}, {"D": 40, "BLOCK": 32})
     yield case(spills, "a stack frame of", low, {"SIZE": 8192}, options=one_warp)
     yield case(in_double, "float64 instructions", {**low, "eps": "fp64"}, {"SIZE": 1024})
     yield case(product_without_tensor_cores, "no tensor-core", low, {"SIZE": 16}, dot=True)
