@@ -22,6 +22,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("_
 KEYS = {"benchmark", "claim", "date", "quick", "timing", "environment", "cases", "summary"}
 RECORD = {"cpu", "cores", "threads", "instructions", "load", "os", "python", "versions", "commit"}
 OF_ITS_OWN = {
+    "cross_attention": {"gflops", "automatic", "choice"},
     "geglu": {"automatic", "choice"},
     "group_norm_silu": set(),
     "pipeline": {"overhead", "latents_differ_by"},
@@ -49,9 +50,9 @@ def check(result: dict, *, quick: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_runs_and_writes_its_result(name, tmp_path):
-    if name == "geglu" and lacks("cpu"):
+    if name in ("cross_attention", "geglu") and lacks("cpu"):
         pytest.skip(str(lacks("cpu")))
-    extra = ["--without-compile"] if name in ("geglu", "group_norm_silu") else []
+    extra = ["--without-compile"] if name in ("cross_attention", "geglu", "group_norm_silu") else []
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--threads", "1", "-o", str(tmp_path), *extra]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     (path,) = tmp_path.iterdir()
