@@ -74,16 +74,38 @@ inline Keys settle_keys(const AttentionInputs& in, int64_t b, int64_t h, int32_t
   return {count, index, mask.additive ? bias : nullptr, nullptr};
 }
 
+// W flags, bytes of 0 or 1 => 0 where set, else -inf.
+template <int W>
+LDMKIT_INLINE Floats<W> bias_of_flags(const char* flags) {
+  Bits<W> wide;
+  if constexpr (kAvx<W>) {
+    typedef uint8_t Bytes __attribute__((vector_size(16)));  // of which W are read
+    Bytes narrow = {};
+    std::memcpy(&narrow, flags, W);
+    asm("vpmovzxbd %1, %0" : "=v"(wide) : "v"(narrow));
+  } else {
+    for (int i = 0; i < W; ++i) wide[i] = uint8_t(flags[i]);
+  }
+  return bit_cast<Floats<W>>((wide - 1u) & 0xff800000u);
+}
+
+template <int W>
+LDMKIT_INLINE void widen_flags(const char* flags, int64_t count, float* bias) {
+  int64_t s = 0;
+  for (; s + W <= count; s += W) store<W>(bias + s, bias_of_flags<W>(flags + s));
+  if (s < count) {
+    char rest[W] = {};
+    for (int64_t i = s; i < count; ++i) rest[i - s] = flags[i];
+    store<W>(bias + s, bias_of_flags<W>(rest));
+  }
+}
+
 // Row `l` of a mask, keys [begin, begin + count) => what is added to their scores.
 template <int W>
 LDMKIT_INLINE void widen_mask(const AttentionInputs& in, const char* mask, int64_t l, int64_t begin, int64_t count,
                               float* bias) {
   const int64_t at = l * in.mask.row + begin;
-  if (!in.mask.additive) {
-    const bool* row = reinterpret_cast<const bool*>(mask) + at;
-    for (int64_t s = 0; s < count; ++s) bias[s] = row[s] ? 0.0f : -kInfinity;
-    return;
-  }
+  if (!in.mask.additive) return widen_flags<W>(mask + at, count, bias);
   widen<W>(in.dtype, mask + at * size_of(in.dtype), count, bias, count);
 }
 

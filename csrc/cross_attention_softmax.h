@@ -200,7 +200,7 @@ LDMKIT_INLINE void softmax_backward(float* scores, float* dp, int64_t stride, co
           F x = load<W>(scores + at);
           if (bias != nullptr) {
             const F b = load<W>(bias + (i + r) * bias_stride + j + c * W);
-            x = (b == hidden || x == hidden) ? hidden : x + b;
+            x = (x == hidden) ? x : (b == hidden) ? b : x + b;
           }
           F t = x - shift;
           t = (t > 0.0f) ? F{} : t;

@@ -1,8 +1,8 @@
 """Attention on a GPU: how near each kernel comes to what the device can do, and to SDPA's own backends.
 
 Few keys: what counts is memory, so its share of the bandwidth of a large copy, counting q, k, v and the output once. Many
-keys: what counts is arithmetic, so useful operations a second (no padding counted). The copy is of the same run. The lines to reach
-are those of an H200: 75 % of the copy above 40 MB; SDXL's 4096 x 77 in 8 us; self-attention forward in TFLOP/s by head
+keys: what counts is arithmetic, so useful operations a second (no padding counted). The copy is of the same run. The lines to
+reach are those of an H200: 75 % of the copy above 40 MB; SDXL's 4096 x 77 in 8 us; self-attention forward in TFLOP/s by head
 dimension (64: 480 in CUDA, 400 in Triton; 40: 330; 80: 430; 160: 480), backward 400 at 64; and SDPA's best, everywhere.
 """
 
