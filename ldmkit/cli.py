@@ -35,6 +35,7 @@ exit codes:
 environment:
   LDMKIT_DISABLE_PLUGINS  plugins or distributions to leave out, separated by commas
   LDMKIT_PLUGINS          if not empty: the only ones to use
+  LDMKIT_SLOW_PLUGIN      seconds after which a plugin that is still loading is named (default 10)
   LDMKIT_DEBUG            if 1: errors come with their traceback
 """
 

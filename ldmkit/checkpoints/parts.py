@@ -1,4 +1,4 @@
-"""One part on disk: `part.json` (kind, name, config), its weights, and the files its config names."""
+"""One part on disk: `part.json` (kind, name, provider, config), its weights, and the files its config names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
 from ldmkit.checkpoints.weights import WEIGHT_FILES, load_weights, read_weights, write_weights
 from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError, OutputError
 from ldmkit.interfaces import Part
+from ldmkit.plugin.provenance import Saved, name_to_load
 from ldmkit.plugin.registry import registry
 
 DType = torch.dtype | Literal["auto"]
 
 
 def describe_part(part: Part) -> dict[str, Any]:
-    """A part as plain data: kind, registered name, distribution, config. Raises: PluginError if unregistered."""
-    component, distribution = registry().component_of(type(part))
+    """A part as plain data: kind, registered name, who provides it, config. Raises: PluginError if unregistered."""
+    plugin, component = registry().offer_of(type(part))
     return {
         "kind": component.kind,
         "name": component.name,
-        "distribution": distribution,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
         "config": part.config.to_dict(),
     }
 
@@ -70,7 +72,8 @@ def load_part(
 
     Raises:
         CheckpointError: for a missing or damaged file. ArchitectureMismatchError: for weights that do not fit the config.
-        ConfigError, UnknownPartError: for a config or a part that the installed plugins do not know.
+        ConfigError, UnknownPartError: for a config or a part that the installed plugins do not know; a part whose distribution
+            is not installed says what to install.
     """
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputTypeError(f"dtype = {dtype!r}: must be a floating-point torch.dtype such as torch.bfloat16, or 'auto'")
@@ -90,7 +93,8 @@ def restore_part(
         raise CheckpointError(f"{folder / 'part.json'} must hold kind, name and config") from None
     if kind is not None and found != kind:
         raise CheckpointError(f"{folder} holds a part of kind {found!r}, not {kind!r}")
-    part_class = registry().load(found, name)
+    saved = Saved.read(found, description, str(folder / "part.json"))
+    part_class = registry().load(found, name_to_load(registry(), saved))
     for field in part_class.Config.asset_fields():
         asset = values.get(field)
         if asset is not None:

@@ -14,11 +14,14 @@ from ldmkit.checkpoints.weights import WEIGHT_FILES
 from ldmkit.config import Config
 from ldmkit.errors import CheckpointError, InputTypeError, UnknownPartError
 from ldmkit.interfaces import Part
+from ldmkit.plugin.provenance import Saved, check_installed, name_to_load
 from ldmkit.plugin.registry import registry
 
 FORMAT = 1
 INDEX = "pipeline.json"
 MODULES = ("autoencoder", "denoiser", "conditioner")
+PROVIDERS = "providers"
+"""Where the index says which distribution and version provided the parts that have no folder of their own."""
 
 
 def write_pipeline(
@@ -27,7 +30,7 @@ def write_pipeline(
     """Write a pipeline's parts (by kind) and settings (by name); see `ldmkit.Pipeline.save_pretrained`."""
     from ldmkit import __version__
 
-    index: dict[str, Any] = {"format": FORMAT, "ldmkit_version": __version__, "parts": dict.fromkeys(MODULES)}
+    index: dict[str, Any] = {"format": FORMAT, "ldmkit_version": __version__, "parts": dict.fromkeys(MODULES), PROVIDERS: {}}
     with atomic_folder(folder, stale=WEIGHT_FILES) as temporary:
         for kind, part in parts.items():
             if kind in MODULES and part is not None:
@@ -37,6 +40,7 @@ def write_pipeline(
             elif part is not None:
                 description = describe_part(part)
                 index[kind] = {"name": description["name"], **description["config"]}
+                index[PROVIDERS][kind] = {key: description[key] for key in ("distribution", "version")}
         write_json(temporary / INDEX, index | {name: config.to_dict() for name, config in settings.items()})
     return folder
 
@@ -87,6 +91,22 @@ def read_pipeline(
         raise CheckpointError(
             f"{folder / INDEX} lacks or mangles {error}; it is not a pipeline that save_pretrained wrote"
         ) from None
+    read = [kind for kind in (*MODULES, "sampler") if kind not in without and present.get(kind, True)]
+    saved = {kind: _saved(kind, index, folder) for kind in read}
+    check_installed(registry(), list(saved.values()))  # all that has to be installed is said before any weights are read
+    if "sampler" in saved:
+        arguments["sampler"] = {**index["sampler"], "name": name_to_load(registry(), saved["sampler"])}
     for kind in (kind for kind in MODULES if kind not in without):
         arguments[kind] = load_part(folder / kind, kind=kind, dtype=dtype, device=device) if present[kind] else None
     return arguments
+
+
+def _saved(kind: str, index: dict[str, Any], folder: Path) -> Saved:
+    """What is recorded of a part: in its own folder, or in the index."""
+    if kind in MODULES:
+        path = folder / kind / "part.json"
+        return Saved.read(kind, read_json(path), str(path))
+    providers = index.get(PROVIDERS, {})
+    if not isinstance(index[kind], dict) or not isinstance(providers, dict) or not isinstance(providers.get(kind, {}), dict):
+        raise CheckpointError(f"{folder / INDEX}: {kind} and {PROVIDERS} must be mappings; it is damaged")
+    return Saved.read(kind, {**providers.get(kind, {}), "name": index[kind].get("name")}, str(folder / INDEX))

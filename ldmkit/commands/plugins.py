@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
 from ldmkit.commands.table import table
+from ldmkit.commands.why import why
 from ldmkit.plugin.manager import Plugin, discover
 from ldmkit.plugin.registry import Registry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    what.add_argument("--why", metavar="NAME", help="say why a plugin, a distribution or a part is in use, or is not")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every plugin with its parts, then clashes, then the tracebacks of those that failed."""
-    registry = Registry(discover())
+    """Print every plugin with its parts, then clashes, then the tracebacks of those that failed.
+
+    Raises: UnknownPartError, where --why names nothing that there is.
+    """
+    with redirect_stdout(sys.stderr):  # a plugin that prints when it is imported is kept out of our output
+        registry = Registry(discover())
+    if args.why is not None:
+        print(why(registry, args.why))
+        return 0
     if args.json:
         print(json.dumps({"plugins": [_plain(plugin) for plugin in registry.plugins], "clashes": registry.clashes()}, indent=2))
         return 0
@@ -27,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     print(table(("distribution", "version", "plugin", "state", "kind", "name", "summary"), rows))
     for clash in registry.clashes():
         print(f"\nclash: {clash}")
+    for shadowed in registry.shadowed():
+        print(f"\nshadowed: {shadowed}")
     for plugin in registry.plugins:
         if plugin.state == "failed":
             print(f"\n{plugin} failed:\n{plugin.traceback.rstrip()}")

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ldmkit.errors import KernelError
-from ldmkit.kernels.backends import OPS, Implementation, implementations, register
+from ldmkit.kernels.backends import Implementation, implementations, register
 from ldmkit.plugin.manager import Plugin
 from ldmkit.plugin.manager import discover as discover_plugins
 from ldmkit.plugin.spec import Kernel
@@ -24,10 +23,6 @@ def discover() -> None:
     providers: dict[tuple[str, str], Plugin] = {}
     for plugin in discover_plugins():
         for kernel in plugin.kernels:
-            if kernel.op not in OPS:
-                raise KernelError(
-                    f"plugin {plugin} offers a kernel for the unknown op {kernel.op!r}; there are {', '.join(OPS)}"
-                )
             key = (kernel.op, kernel.backend)
             if key in providers:
                 missing = f"two plugins offer it, {providers[key]} and {plugin}; block one with LDMKIT_DISABLE_PLUGINS"
@@ -46,7 +41,7 @@ def implementation(kernel: Kernel, plugin: Plugin) -> Implementation:
         missing = target.missing() if hasattr(target, "missing") else None
         forward, backward = target.forward, target.backward
         refusal: Callable[..., Any] | None = getattr(target, "refusal", None)
-    except Exception as error:  # a stranger's code
+    except (Exception, SystemExit) as error:  # a stranger's code
         missing = f"{kernel.target} of plugin {plugin} failed: {type(error).__name__}: {error}"
         forward, backward, refusal = None, None, None
     return Implementation(

@@ -2,7 +2,7 @@
 
 A plugin is an entry point in the group `ldmkit`. Two environment variables, comma-separated lists of distribution or
 entry-point names, decide which are heard: LDMKIT_DISABLE_PLUGINS blocks some, LDMKIT_PLUGINS (if not empty) allows no others.
-A blocked plugin is never imported.
+A blocked plugin is never imported. One that hangs is named after LDMKIT_SLOW_PLUGIN seconds (see `watchdog`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -22,15 +23,19 @@ import pluggy
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from ldmkit.errors import PluginError
-from ldmkit.plugin import spec
+from ldmkit.plugin import requirements, spec, watchdog
 from ldmkit.plugin.spec import API_VERSION, Component, Kernel
 
 GROUP = "ldmkit"
+CORE = "ldmkit"
+"""The distribution whose plugins are built in: a name of theirs is never taken over by another's."""
 DISABLE, ALLOW = "LDMKIT_DISABLE_PLUGINS", "LDMKIT_PLUGINS"
 
 
 class PluginWarning(UserWarning):
-    """A plugin failed to load, or an environment variable names one that is not installed."""
+    """A plugin failed to load or hangs, an environment variable names one that is not installed, or a saved part comes from
+    another major version of its plugin.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class Plugin:
         state: "ok"; "failed" (see `error`, one line, and `traceback`); or "blocked" (see `error`).
         components: the parts it offers; none unless ok.
         kernels: the kernels it offers; none unless ok.
+        api: the range of plugin API versions it declares ("" where it declares none, or was never asked).
+        seconds: what loading it took.
         hooks: calls its hooks, each returning a list of at most one result; None unless ok.
     """
 
@@ -56,11 +63,18 @@ class Plugin:
     kernels: tuple[Kernel, ...] = ()
     error: str = ""
     traceback: str = ""
+    api: str = ""
+    seconds: float = field(default=0.0, compare=False)
     hooks: Any = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         shipped_by = " ".join(filter(None, (self.distribution, self.version))) or "unknown distribution"
         return f"{shipped_by} (entry point {self.entry_point!r})"
+
+    @property
+    def builtin(self) -> bool:
+        """Whether ldmkit itself ships it."""
+        return canonical(self.distribution) == CORE
 
     def called(self, name: str) -> bool:
         """Whether `name` is that of the distribution (however spelt: a-b, a_b, A.B) or of the entry point."""
@@ -84,13 +98,15 @@ def discover(entry_points: Iterable[metadata.EntryPoint] | None = None) -> tuple
     found.sort(key=lambda pair: (canonical(pair[1].distribution), pair[1].entry_point))
     blocked, allowed = names_in(os.environ.get(DISABLE, "")), names_in(os.environ.get(ALLOW, ""))
     plugins = []
-    for entry_point, plugin in found:
-        if any(map(plugin.called, blocked)):
-            plugins.append(replace(plugin, state="blocked", error=f"named in {DISABLE}"))
-        elif allowed and not any(map(plugin.called, allowed)):
-            plugins.append(replace(plugin, state="blocked", error=f"not named in {ALLOW}"))
-        else:
-            plugins.append(_load(entry_point, plugin))
+    with watchdog.Watchdog(watchdog.limit(), watchdog.warn(PluginWarning)) as dog:
+        for entry_point, plugin in found:
+            if any(map(plugin.called, blocked)):
+                plugins.append(replace(plugin, state="blocked", error=f"named in {DISABLE}"))
+            elif allowed and not any(map(plugin.called, allowed)):
+                plugins.append(replace(plugin, state="blocked", error=f"not named in {ALLOW}"))
+            else:
+                with dog.watching(f"plugin {plugin} ({DISABLE}={plugin.entry_point} leaves it out)"):
+                    plugins.append(_load(entry_point, plugin))
     _warn_of_unknown(DISABLE, blocked, plugins)
     _warn_of_unknown(ALLOW, allowed, plugins)
     return tuple(plugins)
@@ -126,27 +142,37 @@ def _warn_of_unknown(variable: str, names: Sequence[str], plugins: Sequence[Plug
 
 
 def _describe(entry_point: metadata.EntryPoint) -> Plugin:
-    distribution = entry_point.dist
+    about = entry_point.dist.metadata if entry_point.dist else {}  # parsed once; damaged metadata lacks either
     return Plugin(
         entry_point=entry_point.name,
         module=entry_point.value,
-        distribution=distribution.name if distribution else "",
-        version=distribution.version if distribution else "",
+        distribution=about["Name"] or "" if "Name" in about else "",
+        version=about["Version"] or "" if "Version" in about else "",
     )
 
 
 def _load(entry_point: metadata.EntryPoint, plugin: Plugin) -> Plugin:
+    start, api = time.perf_counter(), ""
     try:
         manager = _register(entry_point.load(), name=entry_point.name)
-        _check_api(manager.hook.ldmkit_api())
+        api = _declared_api(manager.hook.ldmkit_api())
+        _check_api(api)
         manager.check_pending()  # a hook implementation with a misspelt name
         components = _components(manager.hook.ldmkit_components())
         kernels = _kernels(manager.hook.ldmkit_kernels())
     except (Exception, SystemExit) as error:  # whatever a stranger's code may do, the others go on
-        message = " ".join(str(error).split())
-        text = f"{type(error).__name__}: {message}" if message else type(error).__name__
-        return replace(plugin, state="failed", error=text, traceback=traceback.format_exc())
-    return replace(plugin, components=components, kernels=kernels, hooks=manager.hook)
+        text, seconds = _told(error, plugin), time.perf_counter() - start
+        return replace(plugin, state="failed", error=text, traceback=traceback.format_exc(), api=api, seconds=seconds)
+    seconds = time.perf_counter() - start
+    return replace(plugin, components=components, kernels=kernels, api=api, seconds=seconds, hooks=manager.hook)
+
+
+def _told(error: BaseException, plugin: Plugin) -> str:
+    """One line: what went wrong, and what to install where that is the way out."""
+    message = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    advice = requirements.hint(error, plugin.distribution) if isinstance(error, ImportError) else ""
+    return f"{text}; {advice}" if advice else text
 
 
 def _register(plugin: object, *, name: str) -> pluggy.PluginManager:
@@ -172,19 +198,25 @@ def hook_names() -> tuple[str, ...]:
     return tuple(sorted(vars(_empty_manager().hook)))
 
 
-def _check_api(answers: list[Any]) -> None:
+def _declared_api(answers: list[Any]) -> str:
+    """The range a plugin declares, "" where it declares none. Raises: PluginError."""
     for answer in answers:
         if not isinstance(answer, str):
             raise PluginError(f"ldmkit_api must return a version specifier like '>=1.0,<2', not {answer!r}")
-        try:
-            served = SpecifierSet(answer)
-        except InvalidSpecifier:
-            raise PluginError(
-                f"ldmkit_api returned {answer!r}, which is no version specifier; write one like '>=1.0,<2'"
-            ) from None
-        version = ".".join(map(str, API_VERSION))
-        if not served.contains(version):
-            raise PluginError(f"it works with plugin API {answer}, and this ldmkit has {version}; upgrade it, or ldmkit")
+        return answer
+    return ""
+
+
+def _check_api(declared: str) -> None:
+    try:
+        served = SpecifierSet(declared)
+    except InvalidSpecifier:
+        raise PluginError(
+            f"ldmkit_api returned {declared!r}, which is no version specifier; write one like '>=1.0,<2'"
+        ) from None
+    version = ".".join(map(str, API_VERSION))
+    if not served.contains(version):
+        raise PluginError(f"it works with plugin API {declared}, and this ldmkit has {version}; upgrade it, or ldmkit")
 
 
 def _components(answers: list[Any]) -> tuple[Component, ...]:

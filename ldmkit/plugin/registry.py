@@ -1,6 +1,7 @@
 """Parts by kind and name. Targets are imported when a part is loaded, never before.
 
-A name may say whose part is meant, as "distribution:name" or "entry-point:name".
+A name may say whose part is meant, as "distribution:name" or "entry-point:name". Without that, a built-in part keeps its name
+whatever else is installed; any other name that two plugins offer is an error.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from ldmkit.errors import InputError, InputTypeError, LdmkitError, PartClashError, PluginError, UnknownPartError
+from ldmkit.plugin import requirements
 from ldmkit.plugin.manager import DISABLE, Plugin, discover, warn_of_failures
 from ldmkit.plugin.spec import KINDS, Component
 
@@ -25,12 +27,19 @@ INTERFACES = {
 }
 """The class in `ldmkit.interfaces` that a part of each kind must derive from."""
 
+Offer = tuple[Plugin, Component]
+"""A line of the table, and whose it is."""
+
 
 class Registry:
     """What a set of plugins offers. Immutable; threads may share it."""
 
     def __init__(self, plugins: Iterable[Plugin]) -> None:
         self._plugins = tuple(plugins)
+        self._table: dict[tuple[str, str], list[Offer]] = {}
+        for plugin in self._plugins:
+            for component in plugin.components:
+                self._table.setdefault((component.kind, component.name), []).append((plugin, component))
 
     @property
     def plugins(self) -> tuple[Plugin, ...]:
@@ -44,22 +53,39 @@ class Registry:
         return tuple(sorted(found, key=lambda c: (KINDS.index(c.kind), c.name)))
 
     def available(self, kind: str) -> tuple[str, ...]:
-        """The names of a kind, sorted; where two plugins offer one, both in full ("distribution:name").
+        """The names of a kind, sorted; where plugins clash, all in full ("distribution:name"), and so what a built-in shadows.
 
         Raises:
             UnknownPartError: for an unknown kind.
         """
-        names = []
-        for name in sorted({component.name for component in self.components(kind)}):
-            offers = self._offers(kind, name)
-            names += [name] if len(offers) == 1 else [f"{_qualifier(plugin, offers)}:{name}" for plugin, _ in offers]
+        _known_kind(kind)
+        names: list[str] = []
+        for name in sorted(name for its_kind, name in self._table if its_kind == kind):
+            offers = self.offers(kind, name)
+            chosen = _chosen(offers)
+            names += [name] if chosen else []
+            names += [f"{_qualifier(offer[0], offers)}:{name}" for offer in offers if offer is not chosen]
         return tuple(names)
 
     def clashes(self) -> tuple[str, ...]:
-        """A message for every part that more than one plugin offers."""
-        keys = dict.fromkeys((component.kind, component.name) for component in self.components())
-        offers = {key: self._offers(*key) for key in keys}
-        return tuple(_clash(*key, offers[key]) for key in keys if len(offers[key]) > 1)
+        """A message for every part that more than one plugin offers, none of them built in."""
+        return tuple(_clash(*key, offers) for key, offers in self._table.items() if not _chosen(offers))
+
+    def shadowed(self) -> tuple[str, ...]:
+        """A message for every part that has the name of a built-in one."""
+        return tuple(
+            f"the {kind} {name!r} of {plugin} has the name of a built-in one, which keeps it; "
+            f"write {f'{_qualifier(plugin, offers)}:{name}'!r} to use it"
+            for (kind, name), offers in self._table.items()
+            if (chosen := _chosen(offers))
+            for plugin, component in offers
+            if component is not chosen[1]
+        )
+
+    def offers(self, kind: str, name: str) -> Sequence[Offer]:
+        """Everyone's parts of that kind and name, which may be qualified, in the order of distributions."""
+        owner, _, bare = name.rpartition(":")
+        return [offer for offer in self._table.get((kind, bare), ()) if not owner or offer[0].called(owner)]
 
     def find(self, kind: str, name: str) -> Component:
         """One line of the table, without importing its target.
@@ -93,41 +119,33 @@ class Registry:
             raise InputError(f"a pipeline is loaded, not built: ldmkit.Pipeline.from_pretrained({name!r})")
         return self.load(kind, name).build(**config)
 
-    def component_of(self, part: type) -> tuple[Component, str]:
-        """The line that registers a part's class, and the distribution it comes from (what a saved part is named by).
+    def offer_of(self, part: type) -> Offer:
+        """The line that registers a part's class, and the plugin it comes from (what a saved part is named by).
 
         Raises:
             PluginError: when no plugin registers the class.
         """
+        own = f"{part.__module__}:{part.__qualname__}"
         for plugin in self._plugins:
             for component in plugin.components:
-                if component.target == f"{part.__module__}:{part.__qualname__}" or _is_target(part, component.target):
-                    return component, plugin.distribution
+                if component.target == own or _is_target(part, component.target):
+                    return plugin, component
         raise PluginError(
             f"{part.__module__}.{part.__qualname__} is not registered, so a saved copy could not be found again: list it in a "
-            f"plugin's ldmkit_components with target '{part.__module__}:{part.__qualname__}'"
+            f"plugin's ldmkit_components with target '{own}'"
         )
 
-    def _find(self, kind: str, name: str) -> tuple[Plugin, Component]:
+    def _find(self, kind: str, name: str) -> Offer:
         _known_kind(kind)
         if not isinstance(name, str):
             raise InputTypeError(f"the name of a {kind} must be a string, got {name!r} of type {type(name).__name__}")
-        offers = self._offers(kind, name)
+        offers = self.offers(kind, name)
         if not offers:
             raise UnknownPartError(self._unknown(kind, name))
-        if len(offers) > 1:
+        chosen = _chosen(offers)
+        if chosen is None:
             raise PartClashError(_clash(kind, name, offers))
-        return offers[0]
-
-    def _offers(self, kind: str, name: str) -> list[tuple[Plugin, Component]]:
-        owner, _, bare = name.rpartition(":")
-        return [
-            (plugin, component)
-            for plugin in self._plugins
-            if not owner or plugin.called(owner)
-            for component in plugin.components
-            if (component.kind, component.name) == (kind, bare)
-        ]
+        return chosen
 
     def _unknown(self, kind: str, name: str) -> str:
         names = self.available(kind)
@@ -155,13 +173,19 @@ def _a(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _qualifier(plugin: Plugin, offers: list[tuple[Plugin, Component]]) -> str:
+def _chosen(offers: Sequence[Offer]) -> Offer | None:
+    """Whom the plain name means: the only one, or the only built-in one."""
+    candidates = [offer for offer in offers if offer[0].builtin] if len(offers) > 1 else offers
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def _qualifier(plugin: Plugin, offers: Sequence[Offer]) -> str:
     """What tells this plugin's offer from the others': its distribution, or its entry point where that is shared."""
     shared = sum(bool(plugin.distribution) and other.called(plugin.distribution) for other, _ in offers) != 1
     return plugin.entry_point if shared else plugin.distribution
 
 
-def _clash(kind: str, name: str, offers: list[tuple[Plugin, Component]]) -> str:
+def _clash(kind: str, name: str, offers: Sequence[Offer]) -> str:
     bare = name.rpartition(":")[2]
     picks = " or ".join(repr(f"{_qualifier(plugin, offers)}:{bare}") for plugin, _ in offers)
     return (
@@ -188,11 +212,11 @@ def _import_target(plugin: Plugin, component: Component) -> Any:
             value = getattr(value, word)
     except LdmkitError:
         raise  # already says what is wrong and the way out
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        own = missing == module.partition(".")[0]
-        hint = f"its target {component.target!r} is wrong, or its install incomplete" if own else f"is {missing!r} installed?"
-        raise PluginError(f"{what} cannot be imported: {error}; {hint}") from error
+    except ImportError as error:
+        own = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module.partition(".")[0]
+        hint = f"its target {component.target!r} is wrong, or its install incomplete" if own else ""
+        hint = hint or requirements.hint(error, plugin.distribution)
+        raise PluginError(f"{what} cannot be imported: {error}" + (f"; {hint}" if hint else "")) from error
     except (Exception, SystemExit) as error:
         raise PluginError(f"{what} cannot be imported from {component.target!r}: {type(error).__name__}: {error}") from error
     return value

@@ -68,12 +68,19 @@ def ldmkit_components() -> Iterable[Component]:
     raise AssertionError("a hook specification is never called")
 
 
+KERNEL_OPS = ("group_norm_silu", "cross_attention", "geglu", "geglu_linear")
+KERNEL_DEVICES = ("cpu", "cuda")
+KERNEL_DTYPES = ("float32", "bfloat16", "float16", "float64")
+RESERVED = ("auto", "reference", "cpu", "triton", "cuda")
+"""Backends that no plugin may call its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One implementation of one of the fused ops: plain data.
 
     Attributes:
-        op: group_norm_silu, cross_attention, geglu or geglu_linear.
+        op: one of `KERNEL_OPS`.
         backend: what users write in `backend=`, lower-case words joined with hyphens.
         target: "package.module:object", imported on first use. The object has functions `forward` and `backward` with the
             signatures of `ldmkit/kernels/<op>/op.py` (without the last argument), and may have `missing()`, which says why it
@@ -83,17 +90,23 @@ class Kernel:
         summary: one line for listings.
 
     Raises:
-        PluginError: for a backend that is not lower-case words, the name of a built-in one, or a malformed target.
+        PluginError: for an op, device or dtype there is not, a backend that is not lower-case words, the name of a built-in
+            one, or a malformed target.
     """
 
     op: str
     backend: str
     target: str
     device: str
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "float64")
+    dtypes: tuple[str, ...] = KERNEL_DTYPES
     summary: str = ""
 
     def __post_init__(self) -> None:
+        choices = [("op", self.op, KERNEL_OPS), ("device", self.device, KERNEL_DEVICES)]
+        choices += [("dtype", dtype, KERNEL_DTYPES) for dtype in self.dtypes]
+        for what, value, known in choices:
+            if value not in known:
+                raise PluginError(f"kernel {self.backend!r}: {what} {value!r} is none of {', '.join(known)}")
         if self.backend in RESERVED or not all(word.isalnum() and word == word.lower() for word in self.backend.split("-")):
             raise PluginError(
                 f"kernel backend {self.backend!r}: use lower-case words joined with hyphens, other than {', '.join(RESERVED)}"
@@ -101,9 +114,6 @@ class Kernel:
         module, colon, attribute = self.target.partition(":")
         if not (module and colon and attribute):
             raise PluginError(f"kernel {self.backend!r}: target {self.target!r} is not of the form 'package.module:object'")
-
-
-RESERVED = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 @hookspec

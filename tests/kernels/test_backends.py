@@ -9,8 +9,9 @@ import types
 import pytest
 import torch
 
-from ldmkit.errors import KernelError
+from ldmkit.errors import KernelError, PluginError
 from ldmkit.kernels import backends, compiled, geglu, group_norm_silu, record, report, rules, third_party, use
+from ldmkit.plugin import spec
 from ldmkit.plugin.manager import Plugin
 from ldmkit.plugin.spec import Kernel
 
@@ -260,10 +261,23 @@ def test_a_broken_or_clashing_kernel_says_so_when_it_is_asked_for(plugins):
         geglu(torch.zeros(2, 2), backend="twice")
 
 
-def test_a_kernel_for_no_known_op_is_an_error(plugins):
-    plugins(Kernel(op="gelgu", backend="mine", target="m:x", device="cpu"))
-    with pytest.raises(KernelError, match=r"plugin dist-0 1\.0 .*unknown op 'gelgu'"):
-        geglu(torch.zeros(2, 2), backend="mine")
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"op": "gelgu"}, "kernel 'mine': op 'gelgu' is none of group_norm_silu, cross_attention, geglu, geglu_linear"),
+        ({"device": "tpu"}, "kernel 'mine': device 'tpu' is none of cpu, cuda"),
+        ({"dtypes": ("float32", "float8")}, "kernel 'mine': dtype 'float8' is none of float32, bfloat16, float16, float64"),
+    ],
+)
+def test_a_kernel_for_what_there_is_not_is_refused(change, told):
+    with pytest.raises(PluginError, match=re.escape(told)):
+        Kernel(**{"op": "geglu", "backend": "mine", "target": "m:x", "device": "cpu"} | change)
+
+
+def test_plugins_are_told_of_the_ops_and_dtypes_there_are():
+    assert spec.KERNEL_OPS == backends.OPS
+    assert tuple(getattr(torch, name) for name in spec.KERNEL_DTYPES) == backends.DTYPES
+    assert ("auto", *backends.BACKENDS) == spec.RESERVED
 
 
 def test_an_extension_that_cannot_be_loaded_says_why(monkeypatch):

@@ -229,9 +229,10 @@ def test_a_plugin_that_asks_for_parts_on_import_is_told_not_to(site, monkeypatch
 def test_the_line_that_registers_a_class_is_found_again(part):
     registry = part("fake_target:Slow")
     slow = registry.load("sampler", "slow")
-    assert registry.component_of(slow) == (registry.find("sampler", "slow"), "mine")
+    plugin, component = registry.offer_of(slow)
+    assert (component, plugin.distribution) == (registry.find("sampler", "slow"), "mine")
     with pytest.raises(PluginError, match=r"fake_target\.Halfway is not registered"):
-        registry.component_of(sys.modules["fake_target"].Halfway)
+        registry.offer_of(sys.modules["fake_target"].Halfway)
 
 
 def test_a_class_is_found_by_the_package_that_offers_it(site, offering):
@@ -241,4 +242,5 @@ def test_a_class_is_found_by_the_package_that_offers_it(site, offering):
     registry = site.registry()
     slow = registry.load("sampler", "slow")
     assert slow.__module__ == "fake_inner"
-    assert registry.component_of(slow) == (registry.find("sampler", "slow"), "mine")
+    plugin, component = registry.offer_of(slow)
+    assert (component, plugin.distribution) == (registry.find("sampler", "slow"), "mine")
