@@ -142,13 +142,9 @@ def _warn_of_unknown(variable: str, names: Sequence[str], plugins: Sequence[Plug
 
 
 def _describe(entry_point: metadata.EntryPoint) -> Plugin:
-    about = entry_point.dist.metadata if entry_point.dist else {}  # parsed once; damaged metadata lacks either
-    return Plugin(
-        entry_point=entry_point.name,
-        module=entry_point.value,
-        distribution=about["Name"] or "" if "Name" in about else "",
-        version=about["Version"] or "" if "Version" in about else "",
-    )
+    about = entry_point.dist.metadata if entry_point.dist else None  # parsed once; damaged metadata lacks either
+    name, version = (about[key] if about is not None and key in about else "" for key in ("Name", "Version"))
+    return Plugin(entry_point=entry_point.name, module=entry_point.value, distribution=name, version=version)
 
 
 def _load(entry_point: metadata.EntryPoint, plugin: Plugin) -> Plugin:

@@ -59,6 +59,14 @@ def test_a_broken_plugin_is_kept_as_failed_and_the_rest_works(site, offering, ca
     assert Registry([broken, sound]).available("sampler") == ("slow",)
 
 
+def test_damaged_metadata_hides_no_plugin(site, offering):
+    site.install("damaged", offering("slow"))
+    (site.folder / "damaged-1.0.dist-info" / "METADATA").write_text("")
+    plugin = site.plugin()
+    assert (plugin.distribution, plugin.version, plugin.state) == ("", "", "ok")
+    assert str(plugin) == "unknown distribution (entry point 'fake_damaged')"
+
+
 def test_a_failure_is_warned_of_once_by_name(site, offering):
     site.install("broken", "1 / 0")
     site.install("sound", offering("slow"))
@@ -121,3 +129,30 @@ def test_all_installed_entry_points_are_found_by_default(site, offering):
     site.install("one", offering("first"))
     distributions = {plugin.distribution for plugin in discover()}
     assert {"one", "ldmkit"} <= distributions
+
+
+def test_finding_plugins_costs_as_much_for_each_however_many_there_are(site, offering):
+    """Counted in calls of Python functions, which no busy machine changes; benchmarks/plugins_startup.py has seconds."""
+    counts = {}
+    for n in (20, 40, 80):
+        for i in range(len(list(site.folder.glob("*.dist-info"))), n):
+            site.install(f"dist-{i}", offering(f"slow-{i}"))
+        entry_points = site.entry_points()
+        discover(entry_points)  # imports are not counted
+        counts[n] = count_calls(lambda: Registry(discover(entry_points)).available("sampler"))  # noqa: B023
+    assert counts[80] - counts[40] <= 2.1 * (counts[40] - counts[20])
+
+
+def count_calls(run) -> int:
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
