@@ -4,7 +4,7 @@ For fp16 and bf16: no stack frame and no spills; tensor-core instructions where 
 declared aligned, more bytes in loads of several elements than in loads of one; nothing in float64. fp32 kernels that spill are
 reported, and an error where some call launches them. Triton's kernels are those that `static_cases()` of
 `ldmkit.kernels.<op>.triton` lists, compiled in another process, since in ours Triton may be interpreting; CUDA's are
-`csrc/*.cu`, by nvcc.
+`csrc/*.cu`, by nvcc, and of them it is told whether they have tensor-core instructions and loads of 16 bytes.
 
     python -m ldmkit.testing.static geglu --arch 90
 """
@@ -37,6 +37,8 @@ _LOAD = re.compile(
 )
 _DOUBLE = re.compile(r"\.f64\b")
 _DOUBLE_MACHINE = re.compile(r"\b(DADD|DMUL|DFMA|DSETP|DMNMX|DMMA|F2F\.F64\.\w+|F2F\.\w+\.F64|I2F\.F64\S*)\b")
+_TENSOR_CORES_MACHINE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
+_VECTOR_LOAD_MACHINE = re.compile(r"\bLDG(STS)?\.[\w.]*\b128\b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Compiled:
         stack: bytes of the stack frame, which holds what is spilled from registers.
         wrong: what breaks a rule.
         noted: what breaks none, and ought to be known.
+        tensor_cores, vector_loads: a CUDA kernel has tensor-core instructions, and loads of 16 bytes from global memory.
     """
 
     kernel: str
@@ -58,6 +61,8 @@ class Compiled:
     stack: int
     wrong: tuple[str, ...] = ()
     noted: tuple[str, ...] = ()
+    tensor_cores: bool | None = None
+    vector_loads: bool | None = None
 
     def __str__(self) -> str:
         told = "; ".join((*self.wrong, *self.noted)) or "clean"
@@ -208,7 +213,8 @@ def _cuda_kernel(file: str, architecture: int, name: str, memory: tuple[str, str
     wrong += ["float64 instructions"] if low and _DOUBLE_MACHINE.search(code) else []
     return Compiled(
         kernel=name, label=file, architecture=architecture, dtype="low" if low else "wide", registers=int(registers),
-        stack=int(memory[0]), wrong=tuple(wrong),
+        stack=int(memory[0]), wrong=tuple(wrong), tensor_cores=bool(_TENSOR_CORES_MACHINE.search(code)),
+        vector_loads=bool(_VECTOR_LOAD_MACHINE.search(code)),
     )  # fmt: skip
 
 

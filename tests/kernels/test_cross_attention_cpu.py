@@ -53,6 +53,13 @@ def test_every_number_of_keys_at_every_width(dtype):
             check(7, S, D, dtype, batch=1, heads=1, seed=S * D)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("S", [4096, 16384])
+def test_long_contexts(S, dtype):
+    check(64, S, 64, dtype, batch=1, heads=1)
+
+
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize(("L", "S", "D"), [(100, 513, 8), (37, 1100, 40), (9, 1025, 160), (700, 600, 24), (64, 4096, 16)])
 def test_keys_in_several_blocks(L, S, D, dtype):

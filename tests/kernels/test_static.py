@@ -34,13 +34,32 @@ def test_every_case_of_triton_kernels(module, architecture):
     assert clean(check_triton(module, architectures=(architecture,)))
 
 
+MATRICES = {"geglu_linear": "on_tensor_cores", "cross_attention": "_forward", "cross_attention_backward": "s_backward"}
+"""By .cu file, kernels whose fp16 and bf16 belong on tensor cores, and whose rows in loads of 16 bytes."""
+
+
+def without_tensor_cores(rows, source):
+    """Those of MATRICES that lack them, or such loads."""
+    found = [row for row in rows if row.dtype == "low" and MATRICES.get(source.stem, "none") in row.kernel]
+    assert (source.stem in MATRICES) == bool(found)
+    return [str(row) for row in found if not (row.tensor_cores and row.vector_loads)]
+
+
+def cuda_cases():
+    """Every source for every architecture; in the short run sm_90 only, without those that take most of a minute."""
+    for source in CUDA:
+        for architecture in ARCHITECTURES:
+            short = architecture == 90 and not source.stem.startswith("cross_attention")
+            marks = () if short else pytest.mark.exhaustive
+            yield pytest.param(source, architecture, id=f"{source.name}-{architecture}", marks=marks)
+
+
 @needs_nvcc
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(a, marks=() if a == 90 else pytest.mark.exhaustive) for a in ARCHITECTURES]
-)
-@pytest.mark.parametrize("source", CUDA, ids=[source.name for source in CUDA])
+@pytest.mark.parametrize(("source", "architecture"), cuda_cases())
 def test_cuda_kernels(source, architecture):
-    assert clean(check_cuda(source, architecture))
+    rows = check_cuda(source, architecture)
+    assert clean(rows)
+    assert without_tensor_cores(rows, source) == []
 
 
 def test_wrong_triton_kernels_are_seen():
@@ -74,6 +93,8 @@ def test_wrong_cuda_kernels_are_seen(tmp_path):
     source.write_text(WRONG_CUDA)
     scaled, spilled = sorted(check_cuda(source, 90), key=lambda row: "spilled" in row.kernel)
     assert scaled.wrong == ("float64 instructions",)
+    assert not scaled.tensor_cores
+    assert not scaled.vector_loads
     assert "spills of" in " ".join(spilled.wrong)
     source.write_text("#include <torch/extension.h>\n")
     with pytest.raises(KernelError, match="includes torch"):

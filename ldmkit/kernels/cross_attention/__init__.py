@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, overload
 
 import torch
@@ -13,6 +14,8 @@ from ldmkit.kernels.backends import choose, forced_backend, register
 from ldmkit.kernels.cross_attention import op, reference
 
 _AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)
+WIDEST_CUDA = 512
+"""The head dimension up to which the CUDA kernels serve."""
 
 
 @overload
@@ -134,6 +137,10 @@ def _mask_BHLS(mask: Tensor, q_BHLD: Tensor, k_BHSD: Tensor) -> Tensor:
     return mask_BHLS
 
 
+def _refusal_cuda(q: Tensor, *rest: object) -> str | None:
+    return f"it serves head dimensions up to {WIDEST_CUDA}, not {q.shape[3]}" if q.shape[3] > WIDEST_CUDA else None
+
+
 register("cross_attention", "cpu", compiled.implementation("cross_attention", "cpu"))
-register("cross_attention", "cuda", compiled.implementation("cross_attention", "cuda"))
+register("cross_attention", "cuda", replace(compiled.implementation("cross_attention", "cuda"), refusal=_refusal_cuda))
 register("cross_attention", "triton", triton_support.implementation("cross_attention"))
