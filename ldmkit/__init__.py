@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ldmkit.checkpoints.parts import save_part as save_part
     from ldmkit.config import AssetPath as AssetPath
     from ldmkit.config import Config as Config
+    from ldmkit.conjunction import And as And
     from ldmkit.continuous import EDMSchedule as EDMSchedule
     from ldmkit.continuous import FlowSchedule as FlowSchedule
     from ldmkit.errors import ArchitectureMismatchError as ArchitectureMismatchError
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from ldmkit.errors import PluginError as PluginError
     from ldmkit.errors import UnknownPartError as UnknownPartError
     from ldmkit.guidance import classifier_free as classifier_free
+    from ldmkit.guidance import classifier_guided as classifier_guided
+    from ldmkit.guidance import combined as combined
+    from ldmkit.guidance import thresholded as thresholded
     from ldmkit.guidance import unguided as unguided
+    from ldmkit.guidance import within as within
     from ldmkit.interfaces import Autoencoder as Autoencoder
     from ldmkit.interfaces import Condition as Condition
     from ldmkit.interfaces import Conditioner as Conditioner
@@ -68,10 +73,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "ldmkit.checkpoints.parts": "load_part save_part",
     "ldmkit.config": "AssetPath Config",
+    "ldmkit.conjunction": "And",
     "ldmkit.continuous": "EDMSchedule FlowSchedule",
     "ldmkit.errors": "ArchitectureMismatchError CheckpointError ConfigError DataError InputError InputTypeError KernelError "
     "LdmkitError MissingDependencyError NumericalError OutputError PartClashError PluginError UnknownPartError",
-    "ldmkit.guidance": "classifier_free unguided",
+    "ldmkit.guidance": "classifier_free classifier_guided combined thresholded unguided within",
     "ldmkit.interfaces": "Autoencoder Condition Conditioner Denoise Denoiser Level Levels Noise Part Posterior Sampler "
     "SamplerFacts SamplerState Transition",
     "ldmkit.noise": "GeneratorNoise KeyedNoise NoiseSource StepNoise keyed_normal",

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -14,18 +14,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmkit.conjunction import And
 from ldmkit.errors import InputError, InputTypeError
-from ldmkit.interfaces import Condition, Conditioner, Levels, Sampler
+from ldmkit.guidance import Guidance
+from ldmkit.interfaces import Condition, Conditioner, Denoiser, Levels, Sampler
 from ldmkit.noise import GeneratorNoise, KeyedNoise, NoiseSource
 from ldmkit.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What to draw (or what not to): inputs for the conditioner, or a condition made before."""
+    """What to draw (or what not to): inputs for the conditioner (an `And` among them stands for several), or a condition made
+    before."""
 
     inputs: list[Any] | None = None
     embeds: Tensor | Condition | None = None
+
+    def terms(self) -> tuple[list[Asked], list[list[float]]]:
+        """What is asked at once, each for all pictures, and its weight in each picture (0 where a picture has fewer terms)."""
+        if self.inputs is None or not any(isinstance(value, And) for value in self.inputs):
+            return [self], [[1.0] * self.count]
+        each = [value if isinstance(value, And) else And(value) for value in self.inputs]
+        most = max(len(value.inputs) for value in each)
+        inputs = [[v.inputs[k] if k < len(v.inputs) else v.inputs[0] for v in each] for k in range(most)]
+        weights = [[v.weights[k] if k < len(v.weights) else 0.0 for v in each] for k in range(most)]
+        return [Asked(inputs=values) for values in inputs], weights
 
     @property
     def count(self) -> int:
@@ -67,19 +80,22 @@ def asked(conditioner: Conditioner | None, prompt: Any, labels: Any, embeds: Any
         inputs = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
     if not inputs:
         raise InputError(f"{given[0]} is an empty list")
-    conditioner.check(inputs)
+    conditioner.check([term for value in inputs for term in (value.inputs if isinstance(value, And) else [value])])
     return Asked(inputs=inputs)
 
 
-def refused(conditioner: Conditioner | None, prompt: Any, embeds: Any, positive: Asked, scale: float) -> Asked | None:
-    """What not to draw: the negative prompt, or the conditioner's null input; None where there can be no guidance.
+def refused(conditioner: Conditioner | None, prompt: Any, embeds: Any, positive: Asked, given: Guidance) -> Asked | None:
+    """What not to draw: the negative prompt, or the conditioner's null input; None where there is nothing to guide away from.
 
     Raises:
         InputError, InputTypeError: as `asked`; and where counts differ.
     """
     if prompt is not None and embeds is not None:
         raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
-    if scale <= 1 and (prompt is not None or embeds is not None):
+    scale = given.scale
+    if scale <= 1 and len(positive.terms()[0]) == 1 and (prompt is not None or embeds is not None):
+        if given.told is not None:
+            raise InputError("the negative prompt has no effect on a denoiser that is told the guidance scale; leave it out")
         text = f"the negative prompt has no effect at guidance_scale = {scale:g}: guidance is off up to 1"
         warnings.warn(text, stacklevel=4)
     if embeds is not None:
@@ -102,14 +118,95 @@ def refused(conditioner: Conditioner | None, prompt: Any, embeds: Any, positive:
     return Asked(inputs=values)
 
 
-def _texts(name: str, value: Any) -> list[str]:
-    if not isinstance(value, str | Sequence):
+def check_fits(denoiser: Denoiser, conditioner: Conditioner | None, on: Asked | None, extra: frozenset[str]) -> None:
+    """Raise InputError where the denoiser ignores or lacks a field, or a condition made before does not fit it.
+
+    Args:
+        extra: fields that the pipeline itself will set.
+    """
+    if on is None:
+        return
+    if on.inputs is not None:
+        if conditioner is not None:
+            denoiser.check_fields(conditioner.provides | extra)
+        return
+    made = on.condition(None)
+    stand_ins: dict[str, Any] = {
+        name: torch.empty(on.count) for name in extra if getattr(made, name) is None
+    }  # what is asked is their presence
+    denoiser.check(dataclasses.replace(made, **stand_ins))
+
+
+def _texts(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, str | Sequence | And):
         raise InputTypeError(f"{name} must be a string or a list of strings, got {type(value).__name__}")
-    texts = [value] if isinstance(value, str) else list(value)
+    texts = [value] if isinstance(value, str | And) else list(value)
     for k, text in enumerate(texts):
-        if not isinstance(text, str):
+        if isinstance(text, And) and name == "negative_prompt":
+            raise InputTypeError(f"{name}: entry {k} is {text!r}; And is for the prompt, where weights may be negative")
+        if not all(isinstance(part, str) for part in (text.inputs if isinstance(text, And) else [text])):
             raise InputTypeError(f"{name} must be a string or a list of strings, but entry {k} is {text!r}")
     return texts
+
+
+def guidance(defaults: Any, denoiser: Denoiser, *, guided: bool, told: Mapping[str, Any]) -> Guidance:
+    """What a call asks of guidance, `None` standing for what it does not say.
+
+    Args:
+        guided: whether there is anything to guide away from: a conditioner, or negative embeddings.
+        told: the call's arguments, by name.
+
+    Raises:
+        InputError, InputTypeError: for values out of range, and for what could have no effect.
+    """
+    given = {name: plain(value) for name, value in told.items() if value is not None}
+    scale = number("guidance_scale", given.get("guidance_scale", defaults.guidance_scale), low=0)
+    rescale = number("guidance_rescale", given.get("guidance_rescale", defaults.guidance_rescale), low=0, high=1)
+    pag_scale = number("pag_scale", given.get("pag_scale", 0.0), low=0)
+    distilled = "guidance_B" in denoiser.accepts
+    off = not guided or distilled or scale <= 1
+    if "guidance_scale" in given and scale > 1 and not (guided or distilled):
+        raise InputError(
+            f"guidance_scale = {scale:g} has no effect: this pipeline is unconditional; leave it out (or pag_scale=)"
+        )
+    if off and pag_scale == 0:
+        why = "the denoiser is told the scale" if distilled else f"there is no guidance (guidance_scale = {scale:g})"
+        for name in ("guidance_rescale", "guidance_interval"):
+            if given.get(name):
+                raise InputError(f"{name} = {given[name]!r} has no effect where {why}; leave it out")
+    for name, other in (
+        ("pag_layers", "pag_scale"),
+        ("classifier_scale", "classifier"),
+        ("dynamic_thresholding_limit", "dynamic_thresholding_ratio"),
+    ):
+        if name in given and not given.get(other):
+            raise InputError(f"{name} = {given[name]!r} has no effect without {other}")
+    layers = given.get("pag_layers", ("mid",))
+    classifier, ratio = given.get("classifier"), given.get("dynamic_thresholding_ratio")
+    if classifier is not None and not callable(classifier):
+        raise InputTypeError(f"classifier must be a function (x, level) -> log p(y | x) (B,), got {classifier!r}")
+    return Guidance(
+        scale=1.0 if off else scale,
+        rescale=rescale,
+        pag_scale=pag_scale,
+        pag_layers=(layers,) if isinstance(layers, str) else tuple(layers),
+        interval=_interval(given["guidance_interval"]) if "guidance_interval" in given else None,
+        classifier=classifier,
+        classifier_scale=number("classifier_scale", given.get("classifier_scale", 1.0), low=-math.inf),
+        thresholding_ratio=None if ratio is None else number("dynamic_thresholding_ratio", ratio, low=0, high=1),
+        thresholding_limit=number("dynamic_thresholding_limit", given.get("dynamic_thresholding_limit", 1.0), low=0),
+        batched=given.get("guidance_batched"),
+        told=scale if distilled else None,
+    )
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise InputTypeError(f"guidance_interval = {value!r}: must be a pair (low, high) in sigma / alpha")
+    low, high = (number("guidance_interval", end, low=0) for end in value)
+    if not low < high:
+        raise InputError(f"guidance_interval = ({low:g}, {high:g}): low must be below high, in sigma / alpha")
+    return low, high
 
 
 def _check_embeds(name: str, value: Any) -> None:

@@ -93,7 +93,7 @@ class Condition:
         mask_BL: bool, True = attend; None = attend to all of `tokens_BLC`.
         vector_BC: a vector added to the time embedding (SDXL's pooled text and sizes).
         labels_B: int64 class labels.
-        guidance_B: the guidance scale, for models distilled with it as an input.
+        guidance_B: the guidance scale (1 = none), for models distilled with it as an input.
         spatial_BCHW: channels concatenated to the latents (mask, masked image, semantic map, low-resolution image).
         extra: anything a plugin adds; tensors in it must have the batch first. `denoiser.prepare` keeps keys and values here.
     """
@@ -260,6 +260,10 @@ class Conditioner(Part, nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------------ denoiser
 
+PERTURBED = "perturbed_attention"
+"""Key of `Condition.extra` for perturbed-attention guidance: {self-attention layer: which_B}. Where True, the layer's attention
+map is the identity: each place keeps its own value. which_B (bool) has one entry per image, or per equal part of the batch."""
+
 
 class Denoiser(Part, nn.Module):
     """The network: noisy latents, time and condition => a raw prediction (epsilon, v, ...) whose meaning `Prediction` knows."""
@@ -274,6 +278,8 @@ class Denoiser(Part, nn.Module):
     """Names of the `Condition` fields it uses; anything else given is an error."""
     requires: frozenset[str]
     """Those of `accepts` without which it cannot run."""
+    self_attentions: tuple[str, ...] = ()
+    """Names of the self-attention layers that heed `PERTURBED`; none = no perturbed-attention guidance."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

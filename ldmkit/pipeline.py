@@ -18,9 +18,11 @@ from ldmkit import arguments
 from ldmkit.checkpoints.parts import DType
 from ldmkit.checkpoints.pipelines import read_pipeline, write_pipeline
 from ldmkit.config import Config
+from ldmkit.conjunction import And
 from ldmkit.continuous import make_schedule
 from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalError
-from ldmkit.guidance import classifier_free, unguided
+from ldmkit.guidance.classifier import Classifier
+from ldmkit.guidance.combination import has_negative_share
 from ldmkit.images import OutputType, from_pixels
 from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Denoiser, Part, Sampler, SamplerState
 from ldmkit.noise import NoiseSource, StepNoise
@@ -206,9 +208,9 @@ class Pipeline:
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | And | Sequence[str | And] | None = None,
         *,
-        class_labels: int | str | Sequence[int | str] | None = None,
+        class_labels: int | str | And | Sequence[int | str | And] | None = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -219,6 +221,14 @@ class Pipeline:
         sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_batched: bool | None = None,
+        pag_scale: float | None = None,
+        pag_layers: str | Sequence[str] | None = None,
+        classifier: Classifier | None = None,
+        classifier_scale: float | None = None,
+        dynamic_thresholding_ratio: float | None = None,
+        dynamic_thresholding_limit: float | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         eta: float | None = None,
@@ -236,14 +246,21 @@ class Pipeline:
         """Draw pictures.
 
         Args:
-            prompt: what to draw; one picture (times `num_images_per_prompt`) for each.
+            prompt: what to draw; one picture (times `num_images_per_prompt`) for each. `And(...)` joins several in one.
             class_labels: instead of a prompt, for class-conditional models.
             image: start from this picture (image-to-image), or, with `mask_image`, repaint it where the mask is white.
             strength: how much of the noise schedule an image goes through, in [0, 1]; 0.8 if not given, 1.0 with a mask.
             height, width: in pixels; the pipeline's defaults, or the image's size. PIL images and masks are resized to them.
             timesteps, sigmas: visit these instead of the sampler's own; falling. sigmas are sigma / alpha, the last included.
-            guidance_scale: classifier-free guidance; up to 1 it is off, as in diffusers.
+            guidance_scale: classifier-free guidance; up to 1 it is off, as in diffusers. A denoiser that is told the scale
+                makes one pass.
             guidance_rescale: Lin et al. 2024, eq. 15-16; in [0, 1].
+            guidance_interval: (low, high) in sigma / alpha, outside of which there is no guidance (and no pass for it).
+            guidance_batched: all conditions in one pass (True), one pass each (False: less memory), or (None) one pass until
+                the device's memory does not hold it.
+            pag_scale, pag_layers: perturbed-attention guidance, beside guidance_scale or alone, and where: "mid" if not given.
+            classifier, classifier_scale: (x, level) -> log p(y | x), (B,): classifier guidance by its gradient.
+            dynamic_thresholding_ratio, dynamic_thresholding_limit: of Imagen, for pixel-space models: 0.995 and 1.
             eta: the sampler's eta for this call.
             seed: of keyed noise: picture k depends on (seed, first_image + k) alone, whatever the batch. Not given: a new one.
                 A list gives each picture a seed of its own, under which it has the number first_image.
@@ -262,16 +279,33 @@ class Pipeline:
         if output_type not in get_args(OutputType):
             raise InputError(f"output_type = {output_type!r}: must be one of {', '.join(get_args(OutputType))}")
         given = self.defaults
-        scale = arguments.number("guidance_scale", given.guidance_scale if guidance_scale is None else guidance_scale, low=0)
-        rescale = given.guidance_rescale if guidance_rescale is None else guidance_rescale
-        rescale = arguments.number("guidance_rescale", rescale, low=0, high=1)
+        guidance = arguments.guidance(
+            given,
+            self.denoiser,
+            guided=self.conditioner is not None or prompt_embeds is not None,
+            told={
+                "guidance_scale": guidance_scale,
+                "guidance_rescale": guidance_rescale,
+                "guidance_interval": guidance_interval,
+                "guidance_batched": guidance_batched,
+                "pag_scale": pag_scale,
+                "pag_layers": pag_layers,
+                "classifier": classifier,
+                "classifier_scale": classifier_scale,
+                "dynamic_thresholding_ratio": dynamic_thresholding_ratio,
+                "dynamic_thresholding_limit": dynamic_thresholding_limit,
+            },
+        )
         copies = arguments.count("num_images_per_prompt", num_images_per_prompt)
         options = arguments.conditioner_options(self.conditioner, prompt_embeds, clip_skip)
         positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds)
-        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, scale)
-        if self.conditioner is not None and positive.inputs is not None:  # what does not fit is said before anything is encoded
-            told = self.denoiser.in_channels > self.autoencoder.latent_channels and image is not None
-            self.denoiser.check_fields(frozenset({*self.conditioner.provides, *(["spatial_BCHW"] if told else [])}))
+        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance)
+        spatial = self.denoiser.in_channels > self.autoencoder.latent_channels and image is not None
+        extra = {"spatial_BCHW": spatial, "guidance_B": guidance.told is not None}
+        for on in (positive, negative):  # what does not fit is said before anything is encoded
+            arguments.check_fits(
+                self.denoiser, self.conditioner, on, frozenset(name for name, is_set in extra.items() if is_set)
+            )
         count = positive.count * copies
         sampler = arguments.with_eta(self._sampler, eta)
         levels = arguments.levels(
@@ -297,14 +331,16 @@ class Pipeline:
             made = on.condition(self.conditioner, **options).repeat(copies)
             _finite(made.tokens_BLC, "the conditioner", "encoding the prompt")
             made = task.extend(made).to(device=self.device, dtype=self.dtype)
+            if guidance.told is not None:
+                made = dataclasses.replace(made, guidance_B=torch.full((count,), guidance.told, device=self.device))
             self.denoiser.check(made)
             return made
 
-        model, condition = Model(self.denoiser, self.prediction), conditioned(positive)
-        if scale > 1 and negative is not None:
-            denoise = classifier_free(model, condition, conditioned(negative), scale, rescale=rescale)
-        else:
-            denoise = unguided(model, condition)
+        terms, shares = positive.terms()
+        weights = [torch.tensor(share, dtype=dtype, device=self.device).repeat_interleave(copies) for share in shares]
+        away = conditioned(negative) if negative is not None and has_negative_share(guidance.scale, weights) else None
+        model = Model(self.denoiser, self.prediction)
+        denoise = guidance.closure(model, [conditioned(term) for term in terms], weights, away)
         state = sampler.init(task.noise, task.levels, start=task.start)
         state = self._run(sampler, denoise, state, task, noise, callback_on_step_end, progress)
         if output_type == "latent":

@@ -115,7 +115,7 @@ def test_rescale_outside(rescale: float) -> None:
 
 def test_conditions_that_do_not_fit() -> None:
     model = Model(Shifted(), Prediction())
-    with pytest.raises(InputError, match="for 3 images and the negative one for 2; repeat one"):
+    with pytest.raises(InputError, match="for 2 and 3 images; repeat some"):
         classifier_free(model, conditions(3)[0], conditions(2)[1], 7.5)
     with pytest.raises(InputError, match=r"must set the same fields; one sets \['labels_B'\], another \['vector_BC'\]"):
         classifier_free(model, conditions(3)[0], Condition(labels_B=torch.zeros(3, dtype=torch.int64)), 7.5)

@@ -385,7 +385,7 @@ def test_wrong_arguments_of_loading_are_named_before_anything_is_read(tmp_path: 
         (
             {"prompt": None, "prompt_embeds": torch.zeros(1, 5, 3)},
             InputError,
-            r"tokens_BLC have shapes \(1, 12, 32\) and \(1, 12, 3\)",
+            r"tokens_BLC must have 32 channels, got \(1, 5, 3\)",
         ),
         ({"generator": [torch.Generator(), torch.Generator()]}, InputError, "2 generators for a batch of 1"),
         (

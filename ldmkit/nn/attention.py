@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ldmkit.kernels import cross_attention
@@ -16,17 +17,20 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Context:
-    """What cross-attention attends to.
+    """What attention is told beside the pixels.
 
     Attributes:
-        tokens_BLC: the sequence.
+        tokens_BLC: the sequence that cross-attention attends to; None without cross-attention.
         mask_BL: bool, True = attend; None = attend to all.
         cached: keys and values computed beforehand, by the layer's `path`; layers not in it compute theirs.
+        perturbed: by the layer's `path`, where self-attention's map is the identity: bool, one per image or per equal part of
+            the batch (perturbed-attention guidance: Ahn et al. 2024, arXiv:2403.17377).
     """
 
-    tokens_BLC: Tensor
+    tokens_BLC: Tensor | None = None
     mask_BL: Tensor | None = None
     cached: Mapping[str, KeysValues] = field(default_factory=dict)
+    perturbed: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def split_heads(x_BLC: Tensor, heads: int) -> Tensor:
@@ -38,6 +42,15 @@ def split_heads(x_BLC: Tensor, heads: int) -> Tensor:
 def merge_heads(x_BHLD: Tensor) -> Tensor:
     """(B, heads, L, D) => (B, L, heads D)."""
     return x_BHLD.transpose(1, 2).flatten(2)
+
+
+def self_attention(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, which_B: Tensor | None) -> Tensor:
+    """Attention of a sequence to itself, each place keeping its own value in the images of `which_B`."""
+    out_BHLD = cross_attention(q_BHLD, k_BHLD, v_BHLD)
+    if which_B is None:
+        return out_BHLD
+    which_B = which_B.repeat_interleave(len(v_BHLD) // len(which_B))
+    return torch.where(which_B[:, None, None, None], v_BHLD, out_BHLD)
 
 
 class Attention(nn.Module):
@@ -64,9 +77,10 @@ class Attention(nn.Module):
         q_BHLD = split_heads(self.to_q(x_BLC), self.heads)
         if not self.to_context:
             k_BHLD, v_BHLD = self.keys_values(x_BLC)
-            out_BHLD = cross_attention(q_BHLD, k_BHLD, v_BHLD)
+            out_BHLD = self_attention(q_BHLD, k_BHLD, v_BHLD, context.perturbed.get(self.path) if context else None)
         else:
             assert context is not None
+            assert context.tokens_BLC is not None
             cached = context.cached.get(self.path)
             k_BHLD, v_BHLD = self.keys_values(context.tokens_BLC) if cached is None else cached
             out_BHLD = cross_attention(q_BHLD, k_BHLD, v_BHLD, mask=context.mask_BL)
@@ -79,6 +93,9 @@ class AttentionBlock(nn.Module):
 
     State dict: group_norm, to_q, to_k, to_v, to_out.0 (all with biases).
     """
+
+    path: str = ""
+    """Where the layer sits in its network, as in `Attention`."""
 
     def __init__(self, channels: int, *, heads: int, num_groups: int, eps: float) -> None:
         super().__init__()
@@ -94,9 +111,10 @@ class AttentionBlock(nn.Module):
         h_BCHW, skip_BCHW = self.branches(x_BCHW)
         return h_BCHW + skip_BCHW
 
-    def branches(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def branches(self, x_BCHW: Tensor, context: Context | None = None) -> tuple[Tensor, Tensor]:
         """What `forward` adds up, for a norm that can add it itself (`GroupNorm`'s residual)."""
         h_BLC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
         q, k, v = (split_heads(project(h_BLC), self.heads) for project in (self.to_q, self.to_k, self.to_v))
-        out_BLC = self.to_out[0](merge_heads(cross_attention(q, k, v)))
+        which_B = context.perturbed.get(self.path) if context else None
+        out_BLC = self.to_out[0](merge_heads(self_attention(q, k, v, which_B)))
         return out_BLC.transpose(1, 2).reshape(x_BCHW.shape), x_BCHW

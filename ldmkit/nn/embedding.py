@@ -35,15 +35,18 @@ def sinusoidal_embedding(
 class EmbeddingMLP(nn.Module):
     """Linear, SiLU, linear: from a sinusoidal embedding (or any vector) to the width that res blocks are told.
 
-    State dict: linear_1, linear_2.
+    State dict: linear_1, linear_2, and cond_proj where there are `extra_channels`: of a second vector, added to the first.
     """
 
-    def __init__(self, in_channels: int, channels: int) -> None:
+    def __init__(self, in_channels: int, channels: int, *, extra_channels: int | None = None) -> None:
         super().__init__()
+        self.cond_proj = nn.Linear(extra_channels, in_channels, bias=False) if extra_channels else None
         self.linear_1 = nn.Linear(in_channels, channels)
         self.linear_2 = nn.Linear(channels, channels)
 
-    def forward(self, x_BC: Tensor) -> Tensor:
-        """(B, in_channels) => (B, channels)."""
+    def forward(self, x_BC: Tensor, extra_BC: Tensor | None = None) -> Tensor:
+        """(B, in_channels), and (B, extra_channels) where there are, => (B, channels)."""
+        if self.cond_proj is not None:
+            x_BC = x_BC + self.cond_proj(extra_BC)
         out: Tensor = self.linear_2(silu(self.linear_1(x_BC)))
         return out

@@ -45,7 +45,7 @@ def attention(config: UNetConfig, level: int, depth: int, *, mid: bool = False) 
 def attend(layer: nn.Module, x_BCHW: Tensor, context: Context | None) -> tuple[Tensor, Tensor]:
     """The two branches, yet to be added, of either kind of attention."""
     assert isinstance(layer, SpatialTransformer | AttentionBlock)
-    return layer.branches(x_BCHW, context) if isinstance(layer, SpatialTransformer) else layer.branches(x_BCHW)
+    return layer.branches(x_BCHW, context)
 
 
 class DownBlock(nn.Module):

@@ -36,6 +36,8 @@ class UNetConfig(ldmkit.Config):
         dropout: in res blocks.
         num_class_embeds: size of the table of class labels (`labels_B`), added to the time embedding; None = no labels.
         vector_dim: length of `vector_BC`, projected and added to the time embedding (SDXL 2816); None = no vector.
+        guidance_dim: length of the embedding of the guidance scale (`guidance_B`), for models distilled with it (Meng et al.
+            2023, arXiv:2210.03142; 256 in latent consistency models, diffusers' `time_cond_proj_dim`); None = not told.
         flip_sin_to_cos, freq_shift: of the time embedding, see `ldmkit.nn.sinusoidal_embedding`.
         cache_context: let `prepare` compute cross-attention's keys and values once per run rather than at every step.
     """
@@ -57,6 +59,7 @@ class UNetConfig(ldmkit.Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     num_class_embeds: int | None = Field(None, ge=1)
     vector_dim: int | None = Field(None, ge=1)
+    guidance_dim: int | None = Field(None, ge=4)
     flip_sin_to_cos: bool = True
     freq_shift: float = 0.0
     cache_context: bool = True

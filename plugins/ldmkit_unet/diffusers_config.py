@@ -30,7 +30,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "resnet_skip_time_act": (False, None),
     "resnet_time_scale_shift": ("default", None),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional", None),
@@ -55,6 +54,7 @@ _READ = frozenset(
         "only_cross_attention",
         "out_channels",
         "projection_class_embeddings_input_dim",
+        "time_cond_proj_dim",
         "transformer_layers_per_block",
         "up_block_types",
         "use_linear_projection",
@@ -90,6 +90,7 @@ def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "use_linear_projection": given.get("use_linear_projection", False),
         "num_class_embeds": given.get("num_class_embeds"),
         "vector_dim": given.get("projection_class_embeddings_input_dim") if given.get("addition_embed_type") else None,
+        "guidance_dim": given.get("time_cond_proj_dim"),
         "freq_shift": float(given.get("freq_shift", 0)),
         "spatial_channels": max(given.get("in_channels", 4) - given.get("out_channels", 4), 0),
     }

@@ -11,7 +11,17 @@ from torch.nn.functional import silu
 
 from ldmkit import Condition, Denoiser
 from ldmkit.errors import InputError
-from ldmkit.nn import Attention, Context, EmbeddingMLP, GroupNorm, ResBlock, SpatialTransformer, sinusoidal_embedding
+from ldmkit.interfaces import PERTURBED
+from ldmkit.nn import (
+    Attention,
+    AttentionBlock,
+    Context,
+    EmbeddingMLP,
+    GroupNorm,
+    ResBlock,
+    SpatialTransformer,
+    sinusoidal_embedding,
+)
 from ldmkit_unet.blocks import DownBlock, MidBlock, UpBlock
 from ldmkit_unet.config import UNetConfig
 
@@ -41,13 +51,14 @@ class UNet(Denoiser):
             "tokens_BLC": config.cross_attention_dim,
             "labels_B": config.num_class_embeds,
             "vector_BC": config.vector_dim,
+            "guidance_B": config.guidance_dim,
             "spatial_BCHW": config.spatial_channels,
         }
         self.accepts = self.requires = frozenset(name for name, size in uses.items() if size)
 
         time_channels = 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = EmbeddingMLP(widths[0], time_channels)
+        self.time_embedding = EmbeddingMLP(widths[0], time_channels, extra_channels=config.guidance_dim)
         self.class_embedding = nn.Embedding(config.num_class_embeds, time_channels) if config.num_class_embeds else None
         self.add_embedding = EmbeddingMLP(config.vector_dim, time_channels) if config.vector_dim else None
         self.down_blocks = nn.ModuleList(DownBlock(config, level) for level in range(len(widths)))
@@ -82,14 +93,18 @@ class UNet(Denoiser):
         out: Tensor = self.conv_out(self.conv_norm_out(h_BCHW, residual_BCHW=residual_BCHW))
         return out
 
+    def check(self, condition: Condition) -> None:
+        """Raise InputError for fields it ignores or lacks, for tokens or vectors of another width."""
+        super().check(condition)
+        self._check_condition(condition)
+
     def prepare(self, condition: Condition) -> Condition:
         """Keys and values of every cross-attention, computed once, into `condition.extra`; the same bits as without.
 
         Raises:
-            InputError: as `check`; for tokens of another width; for class labels outside the table.
+            InputError: as `check`; for class labels outside the table.
         """
         self.check(condition)
-        self._check_condition(condition)
         labels_B = condition.labels_B
         if labels_B is not None and len(labels_B):
             low, high = int(labels_B.min()), int(labels_B.max())
@@ -111,7 +126,7 @@ class UNet(Denoiser):
         waves_BC = sinusoidal_embedding(
             t_B, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
-        time_BC: Tensor = self.time_embedding(waves_BC.to(dtype))
+        time_BC: Tensor = self.time_embedding(waves_BC.to(dtype), self._guidance_embedding(condition))
         if self.class_embedding is not None:
             time_BC = time_BC + self.class_embedding(condition.labels_B)
         if self.add_embedding is not None:
@@ -119,12 +134,23 @@ class UNet(Denoiser):
             time_BC = time_BC + self.add_embedding(condition.vector_BC.to(dtype))
         return time_BC
 
-    def _context(self, condition: Condition) -> Context | None:
-        if self.config.cross_attention_dim is None:
+    def _guidance_embedding(self, condition: Condition) -> Tensor | None:
+        """Sinusoids of 1000 (scale - 1), sines first, as latent consistency models are told it (Luo et al. 2023,
+        arXiv:2310.04378: their w is the scale less 1)."""
+        if self.config.guidance_dim is None:
             return None
+        assert condition.guidance_B is not None
+        angle_B = 1000 * (condition.guidance_B - 1)
+        waves_BC = sinusoidal_embedding(angle_B, self.config.guidance_dim, flip_sin_to_cos=False, freq_shift=1.0)
+        return waves_BC.to(self.conv_in.weight.dtype)
+
+    def _context(self, condition: Condition) -> Context:
+        perturbed = condition.extra.get(PERTURBED, {})
+        if self.config.cross_attention_dim is None:
+            return Context(perturbed=perturbed)
         assert condition.tokens_BLC is not None
         tokens_BLC = condition.tokens_BLC.to(self.conv_in.weight.dtype)
-        return Context(tokens_BLC, condition.mask_BL, condition.extra.get(KV_KEY, {}))
+        return Context(tokens_BLC, condition.mask_BL, condition.extra.get(KV_KEY, {}), perturbed)
 
     def _with_spatial(self, x_BCHW: Tensor, condition: Condition) -> Tensor:
         spatial, config = condition.spatial_BCHW, self.config
@@ -158,14 +184,18 @@ class UNet(Denoiser):
                 raise InputError(f"{name} must have {channels} channels, got {None if value is None else tuple(value.shape)}")
         if self.config.num_class_embeds and condition.labels_B is None:
             raise InputError(f"labels_B must be given: the U-Net has a table of {self.config.num_class_embeds} classes")
+        if self.config.guidance_dim and condition.guidance_B is None:
+            raise InputError("guidance_B must be given: the U-Net is told the guidance scale")
 
     def _cross_attentions(self) -> list[Attention]:
         return [layer for layer in self.modules() if isinstance(layer, Attention) and layer.to_context]
 
     def _name_attention(self) -> None:
-        for path, layer in self.named_modules():
-            if isinstance(layer, Attention):
-                layer.path = path
+        layers = {path: m for path, m in self.named_modules() if isinstance(m, Attention | AttentionBlock)}
+        for path, layer in layers.items():
+            layer.path = path
+        to_self = (path for path, m in layers.items() if not (isinstance(m, Attention) and m.to_context))
+        self.self_attentions = tuple(to_self)
 
     def _start_at_zero(self) -> None:
         last_layers: list[nn.Module] = [self.conv_out]

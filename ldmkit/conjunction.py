@@ -1,0 +1,42 @@
+"""Several things to draw in one picture: the inputs of compositional guidance (Liu et al. 2022, arXiv:2206.01714)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ldmkit.errors import InputError
+
+
+class And:
+    """Things to draw together, each with a weight; in place of one prompt or one class label.
+
+    Example:
+        >>> And("a red apple", ("a blue background", 0.7))
+        And(('a red apple', 1.0), ('a blue background', 0.7))
+
+    Args:
+        terms: inputs, or pairs (input, weight). A weight is how strongly the picture is pulled from the negative prompt towards
+            it; a negative one pushes away.
+
+    Raises:
+        InputError: for no terms, or a weight that is no finite number.
+    """
+
+    def __init__(self, *terms: Any) -> None:
+        pairs = [term if isinstance(term, tuple) else (term, 1.0) for term in terms]
+        if not pairs:
+            raise InputError("And() has no terms; give at least one input")
+        for pair in pairs:
+            if (
+                len(pair) != 2
+                or isinstance(pair[1], bool)
+                or not isinstance(pair[1], int | float)
+                or not math.isfinite(pair[1])
+            ):
+                raise InputError(f"And: {pair!r} is no pair of an input and a finite weight")
+        self.inputs = [value for value, _ in pairs]
+        self.weights = [float(weight) for _, weight in pairs]
+
+    def __repr__(self) -> str:
+        return f"And({', '.join(map(repr, zip(self.inputs, self.weights, strict=True)))})"
