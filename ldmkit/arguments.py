@@ -131,9 +131,8 @@ def check_fits(denoiser: Denoiser, conditioner: Conditioner | None, on: Asked | 
             denoiser.check_fields(conditioner.provides | extra)
         return
     made = on.condition(None)
-    stand_ins: dict[str, Any] = {
-        name: torch.empty(on.count) for name in extra if getattr(made, name) is None
-    }  # what is asked is their presence
+    # Only their presence is looked at.
+    stand_ins: dict[str, Any] = {name: torch.empty(on.count) for name in extra if getattr(made, name) is None}
     denoiser.check(dataclasses.replace(made, **stand_ins))
 
 

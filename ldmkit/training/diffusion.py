@@ -215,7 +215,7 @@ class DiffusionStage(Stage):
             height=height,
             width=width,
             num_inference_steps=preview.num_inference_steps,
-            guidance_scale=preview.guidance_scale,
+            guidance_scale=preview.guidance_scale if self.pipeline.conditioner is not None else None,
             seed=self.recipe.seed,
         ).images
         grid(images, labels=[str(value) for value in values] or None).save(path)

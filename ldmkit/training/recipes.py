@@ -260,6 +260,8 @@ class DiffusionRecipe(Recipe):
             raise ValueError("data.flip and cache_latents exclude one another: latents of mirrored pictures are not cached")
         if self.conditioner is None and (self.freeze_conditioner or self.conditioner_weights is not None):
             raise ValueError("freeze_conditioner and conditioner_weights need a conditioner")
+        if self.conditioner is None and self.preview is not None and "guidance_scale" in self.preview.model_fields_set:
+            raise ValueError(f"preview.guidance_scale = {self.preview.guidance_scale:g} has no effect without a conditioner")
         return self
 
 

@@ -116,6 +116,8 @@ def test_an_unconditional_model(data: Path, autoencoder: Path, tmp_path: Path) -
     exported = train_diffusion(recipe, Options(tmp_path, device="cpu")).exported
     assert Pipeline.from_pretrained(exported).conditioner is None
     assert (tmp_path / "samples/step-00000004.png").is_file()
+    with pytest.raises(ConfigError, match="guidance_scale = 3 has no effect without a conditioner"):
+        stage_two(data, autoencoder, denoiser=denoiser, conditioner=None, preview={**preview, "guidance_scale": 3.0})
 
 
 def test_a_frozen_conditioner_stays_as_it_is(data: Path, autoencoder: Path, tmp_path: Path) -> None:
