@@ -1,0 +1,90 @@
+"""What checking a part against its interface gives: a row for each property, as a table for people and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PASSED, FAILED, ABSENT = "passed", "failed", "not applicable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One property, tried.
+
+    Attributes:
+        expected: what the interface expects; `source` is the public name whose documentation says so.
+        verdict: "passed", "failed" or "not applicable".
+        cases: how many were tried and served.
+        reason: what failed, or why it is not applicable.
+        case: the smallest failing one, as plain values.
+        error: what was raised there.
+    """
+
+    name: str
+    expected: str
+    source: str
+    verdict: str
+    cases: int
+    reason: str = ""
+    case: Mapping[str, Any] | None = None
+    error: Exception | None = None
+
+    def message(self) -> str:
+        """A failure in full."""
+        lines = [f"{self.name}: {self.reason}", f"  expected: {self.expected}", f"  written in: {self.source}"]
+        return "\n".join(lines + ([f"  smallest case: {dict(self.case)}"] if self.case is not None else []))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        names = ("name", "verdict", "cases", "reason", "expected", "source")
+        case = None if self.case is None else {key: value if _plain(value) else repr(value) for key, value in self.case.items()}
+        return {**{name: getattr(self, name) for name in names}, "case": case}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows for one part."""
+
+    kind: str
+    name: str
+    rows: tuple[Row, ...]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def passed(self) -> bool:
+        """Whether no property failed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> list[Row]:
+        """The rows of properties that failed."""
+        return [row for row in self.rows if row.verdict == FAILED]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"kind": self.kind, "name": self.name, "passed": self.passed, "rows": [row.as_dict() for row in self.rows]}
+
+    def table(self) -> str:
+        """Text for the terminal; failures in full come last."""
+        width = max(len(row.name) for row in self.rows)
+        lines = [
+            f"{row.name.ljust(width)}  {str(row.cases or '').rjust(5)}  {row.verdict}"
+            + (f": {row.reason}" if row.verdict == ABSENT else "")
+            for row in self.rows
+        ]
+        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (PASSED, FAILED, ABSENT)}
+        summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+        failures = [f"\n{row.message()}" for row in self.failures]
+        return "\n".join([f"{self.kind} {self.name}", "", *lines, "", summary, *failures])

@@ -1,0 +1,89 @@
+"""The conformance kit catches what it is for: good parts pass, and for each property a broken part does not."""
+
+import importlib
+
+import pytest
+
+import ldmkit
+from ldmkit.errors import InputError, InputTypeError
+from ldmkit.testing import conformance
+from tests.testing import broken_networks, broken_samplers
+from tests.testing.good_parts import GoodAutoencoder, GoodConditioner, GoodDenoiser, GoodSampler
+
+GOOD = {
+    "sampler": conformance.subject("sampler", GoodSampler),
+    "denoiser": broken_networks.denoiser(GoodDenoiser),
+    "autoencoder": conformance.subject("autoencoder", GoodAutoencoder),
+    "conditioner": conformance.subject("conditioner", GoodConditioner),
+}
+BROKEN = {
+    "sampler": broken_samplers.BROKEN,
+    "denoiser": broken_networks.DENOISERS,
+    "autoencoder": broken_networks.AUTOENCODERS,
+    "conditioner": broken_networks.CONDITIONERS,
+}
+MUTANTS = [(kind, name) for kind, broken in BROKEN.items() for name in broken]
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_good_part_passes(kind):
+    report = conformance.check(GOOD[kind])
+    assert report.passed, report.table()
+    assert {row.verdict for row in report} == {"passed"}
+
+
+@pytest.mark.parametrize("kind", conformance.PROPERTIES)
+def test_every_property_has_a_broken_part(kind):
+    assert set(BROKEN[kind]) == {prop.name for prop in conformance.PROPERTIES[kind]}
+
+
+@pytest.mark.parametrize(("kind", "name"), MUTANTS, ids=[f"{kind}: {name}" for kind, name in MUTANTS])
+def test_a_broken_part_is_caught(kind, name):
+    broken = BROKEN[kind][name]
+    subject = broken if isinstance(broken, conformance.Subject) else conformance.subject(kind, broken)
+    (row,) = conformance.check(subject, only=[name])
+    assert row.verdict == "failed"
+    assert row.expected in row.message()
+    assert f"written in: {row.source}" in row.message()
+    assert row.case is not None
+
+
+@pytest.mark.parametrize("prop", [prop for properties in conformance.PROPERTIES.values() for prop in properties], ids=str)
+def test_a_property_names_where_it_is_written(prop):
+    assert prop.expected.endswith(".")
+    value = ldmkit
+    for word in prop.source.split(".")[1:]:
+        value = getattr(value, word)
+    assert value.__doc__
+
+
+def test_a_suite_is_three_lines():
+    class TestGood(conformance.Suite):
+        subject = GOOD["sampler"]
+
+    suite = TestGood()
+    for prop in conformance.PROPERTIES["sampler"][:3]:
+        suite.test_conforms(prop)
+
+    class TestBad(conformance.Suite):
+        subject = conformance.subject("sampler", broken_samplers.Lax)
+
+    with pytest.raises(AssertionError, match=r"written in: ldmkit\.Config"):
+        TestBad().test_conforms(conformance.PROPERTIES["sampler"][0])
+
+
+def test_wrong_subjects():
+    with pytest.raises(InputError, match="no suite for kind 'pipeline'"):
+        conformance.subject("pipeline", "emoji")
+    with pytest.raises(InputTypeError, match=r"is no sampler: it must derive from ldmkit\.Sampler"):
+        conformance.subject("sampler", dict)
+    assert importlib.import_module("ldmkit.testing.conformance").check is conformance.check
+
+
+def test_a_report_is_plain_data():
+    report = conformance.check(conformance.subject("sampler", broken_samplers.Lax), only=["config is strict"])
+    assert not report.passed
+    plain = report.as_dict()["rows"][0]
+    assert plain["verdict"] == "failed"
+    assert plain["case"]["config"] == {}
+    assert "config is strict" in report.table()
