@@ -26,6 +26,7 @@ OF_ITS_OWN = {
     "geglu": {"automatic", "choice"},
     "group_norm_silu": set(),
     "pipeline": {"overhead", "latents_differ_by"},
+    "plugins_startup": {"seconds_each"},
     "startup": {"own_seconds"},
     "unet_step": {"outputs_differ_by", "kernels", "peak_mib"},
 }

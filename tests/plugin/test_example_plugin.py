@@ -29,7 +29,7 @@ print(type(sampler).__module__)
 def installed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that pip installed the example into (built from a copy, so that no build files land in the repository)."""
     work = tmp_path_factory.mktemp("example")
-    source = shutil.copytree(root / "tests" / "example_plugin", work / "source")
+    source = shutil.copytree(root / "tests" / "example_plugins" / "renoise", work / "source")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", str(work / "site"), str(source)], check=True, capture_output=True, text=True)
     return work / "site"
