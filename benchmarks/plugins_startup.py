@@ -79,9 +79,7 @@ def main() -> None:
             }
         )
     rows = [["0", Spread.of(times["0"]).text(1, 1e3), ""]]
-    rows += [
-        [k, Spread.of(times[k]).text(1, 1e3), case["seconds_each"].text(3, 1e3)] for case in cases for k in case["seconds"]
-    ]
+    rows += [[k, s.text(1, 1e3), case["seconds_each"].text(3, 1e3)] for case in cases for k, s in case["seconds"].items()]
     common.print_table(record, ["plugins", "process, ms", "each, ms"], rows)
     common.report("plugins_startup", __doc__ or "", chosen, record, cases=cases, summary={"none": Spread.of(times["0"])})
 
