@@ -1,8 +1,8 @@
 """Finding installed plugins costs the same for each, however many there are, and imports nothing heavy.
 
 Distributions with one light module and ten parts each are written into a folder, as pip would leave them; a fresh process finds
-them all and builds the table of parts. A process that finds only the built-in ones is timed beside it; less its time, and divided
-by their number, is what a plugin costs.
+them all and builds the table of parts. A process that finds only the built-in ones is timed beside it; less its time, and
+divided by their number, is what a plugin costs.
 """
 
 from __future__ import annotations

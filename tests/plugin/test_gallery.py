@@ -93,7 +93,6 @@ def test_the_transformer_learns_digits(shared):
         return F.mse_loss(dit(x, 1000 * s_B, Condition()), noise - chosen)
 
     with torch.no_grad():
-        with torch.no_grad():
         start = float(loss(x0_BCHW[-512:]))
     for step in range(40):
         optimizer.zero_grad()
@@ -124,7 +123,7 @@ def test_the_transformer_is_told_by_its_tokens_but_not_by_what_is_masked():
 
 
 def test_the_sampler_is_of_second_order():
-    """On two points, +1 and -1, whose D is tanh(alpha x / sigma^2); on one Gaussian the midpoint rule happens to be of third."""
+    """On two points, +1 and -1, whose D is tanh(alpha x / sigma^2); on a Gaussian it happens to be of third."""
     sampler, schedule = ldmkit.build("sampler", "example-midpoint"), FlowSchedule()
     noise = torch.tensor([[[[0.3]]]], dtype=torch.float64)
 

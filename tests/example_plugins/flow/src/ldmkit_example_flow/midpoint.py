@@ -30,7 +30,7 @@ class FlowMidpoint(Sampler):
         for level in levels:
             if abs(level.alpha + level.sigma - 1) > 1e-9:
                 raise InputError(
-                    f"FlowMidpoint follows flows, alpha + sigma = 1; at t = {level.t:g} they are {level.alpha:g} and {level.sigma:g}; "
+                    f"FlowMidpoint follows flows, alpha + sigma = 1; at t = {level.t:g} alpha = {level.alpha:g}; "
                     "use a FlowSchedule, or another sampler"
                 )
         return Levels([*levels, Level(1.0, 0.0, 0.0)], at=schedule.at)
