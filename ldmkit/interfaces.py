@@ -347,29 +347,38 @@ class Level:
 
 
 class Levels(Sequence[Level]):
-    """N + 1 noise levels, from the noisiest to the cleanest.
+    """N + 1 noise levels, from the noisiest to the cleanest; or, `rising`, the other way round, for inversion.
 
     `initial_scale` is what pure noise is multiplied by to start at the first level. It is the level's own scale unless the
     method's origin has another (Euler with trailing spacing starts at sigma * noise, leaving out the data's own variance).
-    `at` gives the level of any ratio sigma / alpha, for methods that evaluate the model between the levels of a run; without
-    it, `between` raises.
+    `at` gives the level of any ratio sigma / alpha, `at_time` that of any time, for methods that evaluate the model between the
+    levels of a run; without them, `between` and `between_times` raise.
 
     Raises:
-        ConfigError: with fewer than two levels, or when the noise rises from one to the next. It may stay: Stable Diffusion's
-            DDIM takes its last step in place when the last time is 0.
+        ConfigError: with fewer than two levels, or when the noise rises from one to the next (falls, where it is to rise). It
+            may stay: Stable Diffusion's DDIM takes its last step in place when the last time is 0.
     """
 
     def __init__(
-        self, levels: Sequence[Level], *, initial_scale: float | None = None, at: Callable[[float], Level] | None = None
+        self,
+        levels: Sequence[Level],
+        *,
+        initial_scale: float | None = None,
+        at: Callable[[float], Level] | None = None,
+        at_time: Callable[[float], Level] | None = None,
+        rising: bool = False,
     ) -> None:
         self._levels = tuple(levels)
-        self._at = at
+        self._at, self._at_time = at, at_time
+        self.rising = rising
         if len(self._levels) < 2:
             raise ConfigError(f"a sampler needs at least 2 noise levels (1 step), got {len(self._levels)}")
         ratios = [level.ratio for level in self._levels]
         for i, (a, b) in enumerate(pairwise(ratios)):
-            if not b <= a or b == math.inf:
-                raise ConfigError(f"noise levels must fall: sigma / alpha is {a:g} at level {i} and {b:g} at level {i + 1}")
+            high, low = (b, a) if rising else (a, b)
+            if not low <= high or low == math.inf:
+                way = "rise" if rising else "fall"
+                raise ConfigError(f"noise levels must {way}: sigma / alpha is {a:g} at level {i} and {b:g} at level {i + 1}")
         self.initial_scale = self._levels[0].scale if initial_scale is None else initial_scale
 
     @overload
@@ -380,14 +389,28 @@ class Levels(Sequence[Level]):
         """One level, or part of a run. A part from the first level on keeps `initial_scale`."""
         if isinstance(index, int):
             return self._levels[index]
-        part = self._levels[index]
-        return Levels(part, initial_scale=self.initial_scale if part[:1] == self._levels[:1] else None, at=self._at)
+        return self.through(self._levels[index])
+
+    def through(self, levels: Sequence[Level]) -> Levels:
+        """Another run of the same schedule. One that starts at the same level keeps `initial_scale`."""
+        scale = self.initial_scale if tuple(levels)[:1] == self._levels[:1] else None
+        return Levels(levels, initial_scale=scale, at=self._at, at_time=self._at_time, rising=self.rising)
+
+    def reversed(self) -> Levels:
+        """The same levels the other way round: from an image up to its noise, or back down."""
+        return Levels(self._levels[::-1], at=self._at, at_time=self._at_time, rising=not self.rising)
 
     def between(self, ratio: float) -> Level:
         """The level whose sigma / alpha is `ratio`, told at the time that the schedule has for it. Raises: InputError."""
         if self._at is None:
             raise InputError(f"these levels say nothing of sigma / alpha = {ratio:g} between them; give them `at=`")
         return self._at(ratio)
+
+    def between_times(self, t: float) -> Level:
+        """The level of time t. Raises: InputError."""
+        if self._at_time is None:
+            raise InputError(f"these levels say nothing of the time {t:g} between them; give them `at_time=`")
+        return self._at_time(t)
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -525,12 +548,20 @@ class SamplerFacts:
         evaluations: of the model a step.
         stochastic: whether the default config draws noise in the course of a run.
         source: paper, or the code it is known from.
+        from_noise: whether a run can start from pure noise, as text-to-image does.
+        image_to_image: whether it can start from an image.
+        inpainting: whether the kept part of an image can be blended in after each step.
+        resume: whether a run can go on from a saved state.
     """
 
     order: int | None
     evaluations: int
     stochastic: bool
     source: str
+    from_noise: bool = True
+    image_to_image: bool = True
+    inpainting: bool = True
+    resume: bool = True
 
 
 class Sampler(Part):

@@ -28,6 +28,9 @@ SCHEDULERS: dict[str, type] = {
     "euler": diffusers.EulerDiscreteScheduler,
     "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
     "plms": diffusers.PNDMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "ddim-inverse": diffusers.DDIMInverseScheduler,
+    "dpm-singlestep": diffusers.DPMSolverSinglestepScheduler,
     "heun": diffusers.HeunDiscreteScheduler,
     "dpm-2": diffusers.KDPM2DiscreteScheduler,
     "dpm-2-ancestral": diffusers.KDPM2AncestralDiscreteScheduler,
@@ -77,10 +80,12 @@ def in_float64() -> Iterator[None]:
 def scheduler(name: str, schedule: NoiseSchedule.Config, prediction_type: str, **options: Any) -> Any:
     """diffusers' scheduler for our schedule."""
     values: dict[str, Any] = {**schedule.to_dict(), "prediction_type": prediction_type, **options}
-    if name in ("ddpm", "ddim", "lcm"):
+    if name in ("ddpm", "ddim", "ddim-inverse", "lcm"):
         values["clip_sample"] = False
-    if name == "plms":
-        values["skip_prk_steps"] = True
+    if name in ("plms", "pndm"):
+        values["skip_prk_steps"] = name == "plms"
+    if name == "dpm-singlestep":  # steps would end inside a block
+        values["lower_order_final"] = True
     known = signature(SCHEDULERS[name].__init__).parameters
     return SCHEDULERS[name](**{key: value for key, value in values.items() if key in known or key in options})
 

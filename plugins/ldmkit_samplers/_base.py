@@ -95,12 +95,14 @@ class SpacedSampler(Sampler):
         if sigmas[-1] < 0:
             raise InputError(f"sigmas[{len(sigmas) - 1}] = {sigmas[-1]:g}: must not be negative")
         levels = [schedule.at(float(ratio)) for ratio in sigmas]
-        return Levels(levels, initial_scale=self.initial_scale(schedule, levels[0]), at=schedule.at)
+        return self._levels(schedule, levels)
 
     def _ending(self, schedule: Schedule, levels: list[Level]) -> Levels:
-        return Levels(
-            [*levels, self.last_level(schedule)], initial_scale=self.initial_scale(schedule, levels[0]), at=schedule.at
-        )
+        return self._levels(schedule, [*levels, self.last_level(schedule)])
+
+    def _levels(self, schedule: Schedule, levels: list[Level]) -> Levels:
+        scale = self.initial_scale(schedule, levels[0])
+        return Levels(levels, initial_scale=scale, at=schedule.at, at_time=schedule.level)
 
 
 def _falling(name: str, values: Sequence[float]) -> None:

@@ -31,9 +31,11 @@ def noise_in(x: Tensor, denoised: Tensor, level: Level) -> Tensor:
 
 
 def along_the_flow(x: Tensor, level: Level, to: Level, weights: Sequence[float], estimates: Sequence[Tensor]) -> Tensor:
-    """x' = alpha' (z + sum of weight * eps), the weights adding up to ratio' - ratio. Needs alpha > 0."""
-    total = sum((w * e for w, e in zip(weights, estimates, strict=True)), start=x / level.alpha)
-    return to.alpha * total
+    """x' = alpha' (z + sum of weight * eps), the weights adding up to ratio' - ratio. Needs alpha > 0.
+
+    Multiplied out, so that nothing of z's size, which float16 may not hold, is formed.
+    """
+    return sum(((to.alpha * w) * e for w, e in zip(weights, estimates, strict=True)), start=(to.alpha / level.alpha) * x)
 
 
 def lagrange_weights(nodes: Sequence[float], low: float, high: float) -> list[float]:

@@ -8,17 +8,13 @@ from torch import Tensor
 
 from ldmkit.interfaces import Denoise, Level
 from ldmkit_samplers._gaussian import ddim
+from ldmkit_samplers._multistep import noise_in
 
 
 def euler(x: Tensor, denoised: Tensor, level: Level, to: Level) -> Tensor:
     """Euler's step along the probability flow, which is DDIM's; also from pure noise, and onto the clean image."""
     law = ddim(level, to, 0.0)
     return law.on_x * x + law.on_x0 * denoised
-
-
-def slope(x: Tensor, denoised: Tensor, level: Level) -> Tensor:
-    """d(x / alpha) / d(sigma / alpha), the estimate of the noise."""
-    return (x - level.alpha * denoised) / level.sigma
 
 
 def heun(denoise: Denoise, x: Tensor, level: Level, to: Level) -> tuple[Tensor, Tensor]:
@@ -29,7 +25,7 @@ def heun(denoise: Denoise, x: Tensor, level: Level, to: Level) -> tuple[Tensor, 
     straight = euler(x, denoised, level, to)
     if to.sigma == 0 or level.alpha == 0:
         return straight, denoised
-    bend = (slope(straight, denoise(straight, to), to) - slope(x, denoised, level)) / 2
+    bend = (noise_in(straight, denoise(straight, to), to) - noise_in(x, denoised, level)) / 2
     return straight + to.alpha * (to.ratio - level.ratio) * bend, denoised
 
 

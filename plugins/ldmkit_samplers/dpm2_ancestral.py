@@ -9,7 +9,8 @@ from pydantic import Field
 from ldmkit.interfaces import Denoise, SamplerFacts, SamplerState, Transition
 from ldmkit_samplers._base import SamplerConfig
 from ldmkit_samplers._euler import EulerFamily
-from ldmkit_samplers._two_stage import ancestral, euler, slope
+from ldmkit_samplers._multistep import along_the_flow, noise_in
+from ldmkit_samplers._two_stage import ancestral, euler
 
 
 class DPM2AncestralSampler(EulerFamily):
@@ -19,9 +20,11 @@ class DPM2AncestralSampler(EulerFamily):
         """Attributes:
         timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         eta: 0 is dpm-2, 1 the full ancestral noise.
+        s_noise: the noise's standard deviation.
         """
 
         eta: float = Field(1.0, ge=0, le=1)
+        s_noise: float = Field(1.0, ge=0)
 
     facts = SamplerFacts(order=2, evaluations=2, stochastic=True, source="k-diffusion")
 
@@ -36,9 +39,10 @@ class DPM2AncestralSampler(EulerFamily):
         if down == 0 or level.alpha == 0:
             below = state.levels.between(down)
             mean = (to.alpha / below.alpha) * euler(x, denoised, level, below)
-            return Transition(mean, to.alpha * up, denoised, draws=draws)
+            return Transition(mean, to.alpha * up * self.config.s_noise, denoised, draws=draws)
         middle = state.levels.between(math.sqrt(level.ratio * down))
         x_middle = euler(x, denoised, level, middle)
         denoised_middle = denoise(x_middle, middle)
-        rise = (down - level.ratio) * slope(x_middle, denoised_middle, middle)
-        return Transition(to.alpha * (x / level.alpha + rise), to.alpha * up, denoised_middle, draws=draws)
+        noise = noise_in(x_middle, denoised_middle, middle)
+        mean = along_the_flow(x, level, to, [down - level.ratio], [noise])
+        return Transition(mean, to.alpha * up * self.config.s_noise, denoised_middle, draws=draws)

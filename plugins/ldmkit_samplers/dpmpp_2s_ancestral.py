@@ -19,9 +19,11 @@ class DPMpp2SAncestralSampler(EulerFamily):
         """Attributes:
         timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         eta: 0 is deterministic, 1 the full ancestral noise.
+        s_noise: the noise's standard deviation.
         """
 
         eta: float = Field(1.0, ge=0, le=1)
+        s_noise: float = Field(1.0, ge=0)
 
     facts = SamplerFacts(order=2, evaluations=2, stochastic=True, source="Lu et al. 2022, arXiv:2211.01095; k-diffusion")
 
@@ -37,4 +39,4 @@ class DPMpp2SAncestralSampler(EulerFamily):
             middle = state.levels.between(math.sqrt(level.ratio * down))
             denoised = denoise(euler(x, denoised, level, middle), middle)
         mean = (to.alpha / below.alpha) * euler(x, denoised, level, below)
-        return Transition(mean, to.alpha * up, denoised, draws=self.config.eta > 0)
+        return Transition(mean, to.alpha * up * self.config.s_noise, denoised, draws=self.config.eta > 0)

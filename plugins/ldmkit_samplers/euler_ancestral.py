@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from pydantic import Field
 
 from ldmkit.interfaces import Level, SamplerFacts
@@ -17,9 +19,11 @@ class EulerAncestralSampler(EulerFamily, GaussianSampler):
         """Attributes:
         timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
         eta: 0 is plain Euler, 1 the full ancestral noise.
+        s_noise: the noise's standard deviation.
         """
 
         eta: float = Field(1.0, ge=0, le=1)
+        s_noise: float = Field(1.0, ge=0)
 
     facts = SamplerFacts(order=1, evaluations=1, stochastic=True, source="k-diffusion")
 
@@ -28,7 +32,8 @@ class EulerAncestralSampler(EulerFamily, GaussianSampler):
 
     def coefficients(self, level: Level, to: Level) -> Coefficients:
         """k-diffusion's `get_ancestral_step`, which is DDIM's."""
-        return ddim(level, to, self.config.eta)
+        law = ddim(level, to, self.config.eta)
+        return dataclasses.replace(law, std=law.std * self.config.s_noise)
 
     def draws(self, level: Level) -> bool:
         """At every step, unless eta is 0."""

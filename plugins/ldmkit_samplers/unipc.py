@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -38,44 +39,45 @@ class UniPCSampler(DPMFamily):
         super().__init__(config)
 
     def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
-        """Corrects x (eq. 3), then predicts the next (eq. 8); the history holds x0 estimates, and the last step's start."""
-        level, to = state.level, state.next_level
-        denoised = denoise(state.x, level)
-        memory: Memory = state.history[0] if state.history else ()
-        x = state.x
-        if state.history and self.config.correct:
-            start, order = state.history[1:]
-            origin = state.levels[state.step - 1]
-            if origin.alpha > 0:
-                x = self._step(start, origin, level, memory[:order], corrected_by=denoised)
-        remembering = remember(_with_history(state, memory), denoised, self.config.order)
-        order = min(len(remembering), state.levels.num_steps - state.step)
-        ahead = self._step(x, level, to, remembering[:order], corrected_by=None)
-        return Transition(ahead, 0.0, denoised, (remembering, x, order))
+        """Corrects x (eq. 3), then predicts the next (eq. 8); the history holds x0 estimates, and the last step's order.
 
-    def _step(self, x: Tensor, level: Level, to: Level, memory: Memory, *, corrected_by: Tensor | None) -> Tensor:
-        """From x at `level` to `to`, by x0 at `level` (the newest in memory), before it, and, corrected, at `to` itself."""
+        Both equations are x = c x_before + d x0 + bend, so that x is corrected by the difference of the bends: what was blended
+        into it, or changed by a callback, stays.
+        """
+        x, level, to = state.x, state.level, state.next_level
+        denoised = denoise(x, level)
+        memory, order = state.history or ((), 0)
+        if memory and self.config.correct and state.levels[state.step - 1].alpha > 0:
+            origin = state.levels[state.step - 1]
+            bends = (self._bend(origin, level, memory[:order], at_end=at_end) for at_end in (denoised, None))
+            corrected, predicted = bends
+            x = x + (corrected - predicted)
+        memory = remember(dataclasses.replace(state, history=memory), denoised, self.config.order)
+        order = min(len(memory), state.levels.num_steps - state.step)
+        bend = self._bend(level, to, memory[:order])
+        ahead = (to.sigma / level.sigma) * x + to.alpha * (1 - decay(level, to)) * denoised + bend
+        return Transition(ahead, 0.0, denoised, (memory, order))
+
+    def _bend(self, level: Level, to: Level, memory: Memory, *, at_end: Tensor | None = None) -> Tensor | float:
+        """What the changes of x0 add to a step from `level` to `to`: by x0 at `level` (the newest in memory), before it, and,
+        corrected, at `to` itself.
+        """
         (newest, _), *older = memory
         kept = decay(level, to)
-        plain = (to.sigma / level.sigma) * x + to.alpha * (1 - kept) * newest
-        if kept == 0 or not (older or corrected_by is not None):
-            return plain
+        if kept == 0 or not (older or at_end is not None):
+            return 0.0
         h = -math.log(kept)
         places = [(-math.log(ratio) - log_snr(level)) / h for _, ratio in older]
         changes = [estimate - newest for estimate, _ in older]
-        if corrected_by is not None:
+        if at_end is not None:
             places.append(1.0)
-            changes.append(corrected_by - newest)
-        weights = _weights(places, h, self._b_of(h), simple=corrected_by is None or not older)
-        total = sum((w / r * change for w, r, change in zip(weights, places, changes, strict=True)), start=plain * 0)
-        return plain - to.alpha * self._b_of(h) * total
+            changes.append(at_end - newest)
+        weights = _weights(places, h, self._b_of(h), simple=at_end is None or not older)
+        on = -to.alpha * self._b_of(h)
+        return sum(((on * w / r) * change for w, r, change in zip(weights, places, changes, strict=True)), start=newest * 0)
 
     def _b_of(self, h: float) -> float:
         return -h if self.config.solver_type == "bh1" else math.expm1(-h)
-
-
-def _with_history(state: SamplerState, memory: Memory) -> SamplerState:
-    return SamplerState(x=state.x, levels=state.levels, step=state.step, history=memory)
 
 
 def _weights(places: list[float], h: float, b_of_h: float, *, simple: bool) -> list[float]:

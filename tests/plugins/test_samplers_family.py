@@ -15,9 +15,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 SHAPE = (2, 3, 4, 4)
 NOT_COMPARED = {
-    ("plms", "n not dividing T, or linspace"): "diffusers goes from t to t - T // n, which is not the next time there",
+    ("plms, pndm", "n not dividing T, or linspace"): "diffusers goes from t to t - T // n, which is not the next time there",
+    (
+        "pndm",
+        "T / n odd",
+    ): "diffusers' middle of the times is one for x, and the next one for the network",
+    ("pndm", "under 4 steps"): "diffusers' times for its Runge-Kutta part are then not those of the run",
+    ("dpm-singlestep", "leading, trailing"): "diffusers has its own times only, those of linspace",
+    ("dpm-singlestep", "dpmsolver onto the clean image"): "diffusers refuses; ours is DDIM's step",
+    (
+        "ddim-inverse",
+        "v_prediction, sample",
+    ): "diffusers reads the output, made for one level, as one at the level below",
     ("dpm++-2m, deis, unipc", "karras"): "diffusers rounds the fractional times that it tells the network",
-    ("plms", "v_prediction"): "diffusers averages raw outputs, made at different x; PNDM averages the noise",
+    ("plms, pndm", "v_prediction"): "diffusers averages raw outputs, made at different x; PNDM averages the noise",
     ("dpm-2, dpm-2-ancestral", "sample"): "not in diffusers",
     ("unipc", "bh1 onto the clean image"): "diffusers multiplies infinity by zero",
     ("all", "zero terminal SNR"): "diffusers replaces the last alpha-bar by a small number; ours starts at 0",
@@ -67,6 +78,16 @@ def run_peer(peer, n, noise, monkeypatch):
 
 CASES = {
     "plms": ({}, {}),
+    "pndm": ({}, {}),
+    "dpm-singlestep": (
+        {
+            "order": st.integers(1, 3),
+            "algorithm_type": st.sampled_from(["dpmsolver++", "dpmsolver"]),
+            "solver_type": st.sampled_from(["midpoint", "heun"]),
+            "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
+        },
+        {},
+    ),
     "heun": ({}, {}),
     "dpm-2": ({}, {}),
     "dpm-2-ancestral": ({}, {}),
@@ -84,8 +105,15 @@ CASES = {
     "unipc": ({"order": st.integers(1, 3), "solver_type": st.sampled_from(["bh1", "bh2"])}, {}),
 }
 """What is drawn of our config, and what the peer is told besides."""
-KINDS = {"plms": ["epsilon"], "dpm-2": ["epsilon", "v_prediction"], "dpm-2-ancestral": ["epsilon", "v_prediction"]}
-PEERS_NAME = {("deis", "order"): "solver_order", ("unipc", "order"): "solver_order"}
+KINDS = {
+    "plms": ["epsilon"],
+    "pndm": ["epsilon"],
+    "dpm-2": ["epsilon", "v_prediction"],
+    "dpm-2-ancestral": ["epsilon", "v_prediction"],
+}
+SPACINGS = {"plms": ["leading"], "pndm": ["leading"], "dpm-singlestep": ["linspace"]}
+STEPS = {"pndm": [4, 5, 10, 20, 25], "dpm-singlestep": [1, 2, 3, 4, 5, 6, 7, 10, 20, 25]}
+PEERS_NAME = {(name, "order"): "solver_order" for name in ("deis", "dpm-singlestep", "unipc")}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,8 +121,10 @@ PEERS_NAME = {("deis", "order"): "solver_order", ("unipc", "order"): "solver_ord
 def test_latents_are_those_of_diffusers(name, data):
     drawn, told = CASES[name]
     config = {key: data.draw(strategy, key) for key, strategy in drawn.items()}
-    n = data.draw(st.sampled_from([2, 4, 5, 10, 20, 25]), "steps")
-    spacing = data.draw(st.sampled_from(["leading"] if name == "plms" else ["leading", "trailing", "linspace"]), "spacing")
+    if config.get("algorithm_type") == "dpmsolver":
+        config["final_sigmas_type"] = "sigma_min"
+    n = data.draw(st.sampled_from(STEPS.get(name, [2, 4, 5, 10, 20, 25])), "steps")
+    spacing = data.draw(st.sampled_from(SPACINGS.get(name, ["leading", "trailing", "linspace"])), "spacing")
     betas = data.draw(st.sampled_from(["linear", "scaled_linear"]), "betas")
     kind = data.draw(st.sampled_from(KINDS.get(name, ["epsilon", "v_prediction", "sample"])), "prediction")
     karras = name in ("heun", "lms") and data.draw(st.booleans(), "karras")
@@ -115,3 +145,23 @@ def test_latents_are_those_of_diffusers(name, data):
             torch.set_default_dtype(torch.float32)
     ours = run_ours(sampler, schedule, Prediction(Prediction.Config(type=kind)), n, Draws(1))
     assert float((ours - theirs).abs().max()) <= 1e-9 * float(theirs.std())
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("to_one", [False, True])
+@pytest.mark.parametrize("n", [4, 10, 25])
+def test_ddim_inversion_is_that_of_diffusers(spacing, to_one, n):
+    schedule = NoiseSchedule(NoiseSchedule.Config(timestep_spacing=spacing, set_alpha_to_one=to_one))
+    sampler, image = build("sampler", "ddim-inverse"), Draws(1)()
+    levels = sampler.levels(schedule, n)
+    with in_float64():
+        peer = scheduler("ddim-inverse", schedule.config, "epsilon")
+        peer.set_timesteps(n)
+        theirs = image
+        for t in peer.timesteps:
+            theirs = peer.step(smooth(theirs, t), t, theirs).prev_sample
+    state, prediction = sampler.init(image, levels, start=image), Prediction()
+    while not state.done:
+        state = sampler.step(lambda x, level: prediction.to_x0(smooth(x, level.t), x, level), state, None)
+    assert [level.t for level in levels[1:]] == peer.timesteps.tolist()
+    assert float((state.x - theirs).abs().max()) <= 1e-9 * float(theirs.std())

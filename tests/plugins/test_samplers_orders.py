@@ -44,11 +44,15 @@ def exact(z, ratio, to):
 
 
 def even_levels(n, before, after):
-    """n steps from HIGH to LOW, evenly in log ratio, and some more on either side."""
+    """n steps from HIGH to LOW, evenly in log ratio, which is the time, and some more on either side."""
     u = np.linspace(math.log(HIGH), math.log(LOW), n + 1)
     h = u[1] - u[0]
     ratios = np.exp(np.concatenate([u[0] - h * np.arange(before, 0, -1), u, u[-1] + h * np.arange(1, after + 1)]))
-    return Levels([vp_level(float(r), 1.0) for r in ratios], at=lambda ratio: vp_level(ratio, 1.0))
+    return Levels([timed(math.log(r)) for r in ratios], at=lambda ratio: timed(math.log(ratio)), at_time=timed)
+
+
+def timed(t):
+    return vp_level(math.exp(t), t)
 
 
 TRUTH = exact(POINTS, HIGH, LOW)
@@ -79,8 +83,9 @@ NOISELESS = {
     "dpm++-3m-sde": {"eta": 0.0},
     "restart": {"intervals": []},
 }
+PLAIN = ("ddim", "plms", "pndm", "euler", "heun", "dpm-2", "lms", "dpm-singlestep", "dpm++-2m", "deis", "unipc")
 ORDERS = [
-    *((name, {}, None) for name in ("ddim", "euler", "heun", "dpm-2", "lms", "dpm++-2m", "deis", "unipc")),
+    *((name, {}, None) for name in PLAIN),
     *((name, config, None) for name, config in NOISELESS.items()),
     *(("lms", {"order": k}, k) for k in (1, 2, 3)),
     *(("deis", {"order": k}, k) for k in (1, 3)),
@@ -88,6 +93,12 @@ ORDERS = [
     *(("unipc", {"order": k, "solver_type": "bh1"}, k + 1) for k in (1, 2, 3)),
     *(("unipc", {"order": k, "correct": False}, k) for k in (1, 2, 3)),
     ("dpm++-2m", {"solver_type": "heun"}, 2),
+    *(
+        ("dpm-singlestep", {"order": k, "algorithm_type": algorithm, "solver_type": solver}, k)
+        for k in (1, 2, 3)
+        for algorithm in ("dpmsolver++", "dpmsolver")
+        for solver in ("midpoint", "heun")
+    ),
 ]
 
 
@@ -95,8 +106,9 @@ ORDERS = [
 def test_the_measured_order_is_the_declared_one(name, config, order):
     sampler = build("sampler", name, **config)
     order = sampler.facts.order if order is None else order
-    errors = [error_of(sampler, n) for n in (320, 640)]
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15), errors
+    fewer, more = 320, 644  # with the steps before, multiples of 6: blocks of 2 and 3 steps end there
+    errors = [error_of(sampler, n) for n in (fewer, more)]
+    assert math.log(errors[0] / errors[1], more / fewer) == pytest.approx(order, abs=0.15), errors
 
 
 def test_every_sampler_says_what_it_is():
@@ -104,7 +116,7 @@ def test_every_sampler_says_what_it_is():
         facts = build("sampler", name).facts
         if facts is not None:
             assert facts.source
-            assert facts.evaluations in (1, 2)
+            assert facts.evaluations in (1, 2, 3)
 
 
 # ------------------------------------------------------------------------------------------------------- laws, on a Gaussian
@@ -238,27 +250,6 @@ def test_dpmpp_sde_is_that_of_k_diffusion(eta, s_noise, r):
         state = sampler.step(denoise, state, noise)
     theirs = k_dpmpp_sde(start, sigmas, noise, eta, s_noise, r)
     assert float((state.x - theirs).abs().max()) < 1e-9 * float(theirs.std())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 50, pytest.param(999, marks=pytest.mark.exhaustive)])
-@pytest.mark.parametrize("zero_terminal", [False, True])
-def test_finite_in_half_precision(dtype, n, zero_terminal):
-    schedule = NoiseSchedule(
-        NoiseSchedule.Config(rescale_betas_zero_snr=zero_terminal, timestep_spacing="trailing", steps_offset=0)
-    )
-    for name in available("sampler"):
-        sampler = build("sampler", name)
-        if name == "lcm" and n > 50:
-            continue
-        levels = sampler.levels(schedule, n)
-        source = KeyedNoise(0, [0])
-        state = sampler.init(source((1, 1, 2, 2), step=-1, draw=0, dtype=dtype), levels)
-        while not state.done:
-            noise = StepNoise(source, state.step, state.x)
-            state = sampler.step(lambda x, level: torch.tanh(x), state, noise)
-            assert state.x.dtype == dtype
-            assert state.x.isfinite().all(), (name, state.step)
 
 
 def test_a_level_between_needs_to_be_known():

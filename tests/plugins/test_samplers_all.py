@@ -1,0 +1,137 @@
+"""What holds for every registered sampler: threads, half precision, no waiting for the device, what callbacks change stays."""
+
+import dataclasses
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldmkit import NoiseSchedule, Prediction, SamplerFacts, available, build
+from ldmkit.errors import ConfigError, NumericalError
+from ldmkit.noise import KeyedNoise, StepNoise
+
+NAMES = sorted(name for name in available("sampler") if build("sampler", name).facts is not None)
+SHAPE = (2, 3, 4, 4)
+NOT_IN = {("lcm", 1000): "lcm's times are 50 of the distilled solver's", ("lcm", 999): "likewise"}
+
+
+def network(x, t):
+    """Random weights, about unit output at unit input, as a U-Net's noise; every value depends on its neighbours."""
+    weights = torch.randn(3, 3, 3, 3, generator=torch.Generator().manual_seed(0)).to(x.dtype) / 27**0.5
+    return 1.5 * torch.tanh(torch.nn.functional.conv2d(x, weights, padding=1) + 0.3 * math.cos(t / 200))
+
+
+def denoiser(prediction):
+    return lambda x, level: prediction.to_x0(network(x / level.scale, level.t), x, level)
+
+
+DENOISE = denoiser(Prediction())
+
+
+def run(sampler, levels, *, denoise=DENOISE, seed=0, dtype=torch.float32, change=lambda state: state):
+    source = KeyedNoise(seed, range(SHAPE[0]))
+    noise = source(SHAPE, step=-1, draw=0, dtype=dtype)
+    state = sampler.init(noise, levels, start=None if sampler.facts.from_noise else noise)
+    while not state.done:
+        state = change(sampler.step(denoise, state, StepNoise(source, state.step, state.x)))
+        assert state.x.dtype == dtype
+        assert state.x.isfinite().all(), (type(sampler).__name__, state.step)
+    return state.x
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_object_serves_eight_threads(name):
+    """Same bits as eight objects, one after the other."""
+    one, schedule = build("sampler", name), NoiseSchedule()
+
+    def job(sampler, seed):
+        return run(sampler, sampler.levels(schedule, 5 + seed % 3), seed=seed)
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(functools.partial(job, one), range(8)))
+    for seed in range(8):
+        assert torch.equal(together[seed], job(build("sampler", name), seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 50, pytest.param(1000, marks=pytest.mark.exhaustive)])
+def test_half_precision_stays_finite(n, zero_terminal, dtype):
+    """A noise prediction, whose x0 is large at great noise; a v prediction where the run starts at zero signal."""
+    schedule = NoiseSchedule(NoiseSchedule.Config(rescale_betas_zero_snr=zero_terminal, timestep_spacing="trailing"))
+    denoise = denoiser(Prediction(Prediction.Config(type="v_prediction" if zero_terminal else "epsilon")))
+    for name in NAMES:
+        if (name, n) not in NOT_IN:
+            sampler = build("sampler", name)
+            run(sampler, sampler.levels(schedule, n), denoise=denoise, dtype=dtype)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_step_waits_for_the_device(name):
+    sampler, made = build("sampler", name), torch.randn(SHAPE)
+
+    class Noise:
+        def __call__(self):
+            return made
+
+        def between(self, high, low):
+            return made
+
+    state = sampler.init(made, sampler.levels(NoiseSchedule(), 6), start=None if sampler.facts.from_noise else made)
+    with Waits() as waits:
+        while not state.done:
+            state = sampler.step(lambda x, level: 0.5 * x, state, Noise())
+    assert (waits.count > 0) == (name == "dpm-adaptive")
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm-2", "dpm++-2m", "unipc"])
+def test_what_is_changed_between_steps_stays(name):
+    """Inpainting and callbacks put new latents in the state; no step starts from older ones. With D = 0, x goes as sigma."""
+    sampler = build("sampler", name)
+    levels = sampler.levels(NoiseSchedule(NoiseSchedule.Config(set_alpha_to_one=False)), 20)[:6]
+
+    def changed(state):
+        return dataclasses.replace(state, x=state.x + 1) if state.step == 3 else state
+
+    places = []
+    nothing = functools.partial(run, sampler, levels, denoise=lambda x, level: 0 * x, dtype=torch.float64)
+    plain, moved = nothing(), nothing(change=lambda state: places.append(state.level) or changed(state))
+    torch.testing.assert_close(moved - plain, torch.full_like(plain, places[-1].sigma / places[2].sigma))
+
+
+def test_networks_that_no_steps_suit():
+    """One that never answers alike, and one that answers with no numbers."""
+    sampler = build("sampler", "dpm-adaptive", rtol=1e-9, atol=1e-9)
+    with pytest.raises(NumericalError, match=r"within rtol = 1e-09, atol = 1e-09 in torch\.float32; raise them"):
+        run(sampler, sampler.levels(NoiseSchedule(), 10), denoise=lambda x, level: torch.randn_like(x))
+    with pytest.raises(NumericalError, match=r"error is nan at sigma / alpha = .* not finite; in float16"):
+        run(sampler, sampler.levels(NoiseSchedule(), 10), denoise=lambda x, level: x * torch.nan)
+
+
+def test_what_a_sampler_says_of_itself_is_shown_where_it_matters():
+    assert [name for name in NAMES if not build("sampler", name).facts.from_noise] == ["ddim-inverse"]
+    assert SamplerFacts(order=1, evaluations=1, stochastic=False, source="here").resume
+
+
+def test_rising_levels_rise():
+    levels = build("sampler", "ddim").levels(NoiseSchedule(), 5)
+    assert levels.reversed().reversed() == levels
+    assert levels.reversed().rising
+    assert levels.reversed()[1:].rising
+    with pytest.raises(ConfigError, match="noise levels must rise"):
+        levels.reversed().through(levels)
