@@ -94,6 +94,26 @@ class _Backward(torch.autograd.Function):
         raise KernelError(f"{ctx.op}: this kernel can be differentiated once, not twice; backend='reference' can")
 
 
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for positional arguments, at less cost: torch's own binds them to the signature of `forward` at every
+    call (20 us), which it needs for torch.func and torch.compile alone.
+    """
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = function.forward(*arguments)
+        function.setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    eager = type(function.__name__, (torch.autograd.Function,), members)
+
+    def apply(*arguments: Any) -> Any:
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return (function if transformed else eager).apply(*arguments)
+
+    return apply
+
+
 def differentiate_once(op: str, *arguments: Any) -> Any:
     """Runs a raw backward inside an autograd.Function's backward."""
     if torch.is_grad_enabled():  # create_graph, or a transform of torch.func

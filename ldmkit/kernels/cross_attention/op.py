@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmkit.kernels.raw import define, differentiate_once
+from ldmkit.kernels.raw import applied, define, differentiate_once
 
 FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, str backend) -> (Tensor, Tensor)"
 BACKWARD = (
@@ -71,11 +71,14 @@ class _CrossAttention(torch.autograd.Function):
         return *differentiate_once("cross_attention_backward", *arguments), None, None, None
 
 
+_apply = applied(_CrossAttention)
+
+
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, backend: str) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp), both differentiable once, though not by the mask; arguments checked, all given."""
     mask = mask if mask is None else mask.expand(q.shape[0], -1, -1, -1)  # a row for every item, so that items are alike
     if torch.is_grad_enabled():
-        result: tuple[Tensor, Tensor] = _CrossAttention.apply(q, k, v, mask, scale, backend)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, Tensor] = _apply(q, k, v, mask, scale, backend)
     else:
         result = torch.ops.ldmkit.cross_attention(q, k, v, mask, scale, backend)
     return result

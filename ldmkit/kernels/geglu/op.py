@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmkit.kernels.raw import define, differentiate_once
+from ldmkit.kernels.raw import applied, define, differentiate_once
 
 
 def _fake(x: Tensor, backend: str) -> Tensor:
@@ -41,10 +41,13 @@ class _Geglu(torch.autograd.Function):
         return differentiate_once("geglu_backward", grad, x, ctx.backend), None
 
 
+_apply = applied(_Geglu)
+
+
 def geglu(x: Tensor, backend: str) -> Tensor:
     """(..., 2N) => dense (..., N), differentiable once."""
     if torch.is_grad_enabled():
-        result: Tensor = _Geglu.apply(x, backend)  # type: ignore[no-untyped-call]
+        result: Tensor = _apply(x, backend)
     else:
         result = torch.ops.ldmkit.geglu(x, backend)
     return result

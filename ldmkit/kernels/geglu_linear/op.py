@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmkit.kernels.raw import define, differentiate_once
+from ldmkit.kernels.raw import applied, define, differentiate_once
 
 FORWARD = "(Tensor x, Tensor weight, Tensor? bias, bool keep, str backend) -> (Tensor, Tensor)"
 BACKWARD = "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor hidden, str backend) -> Tensor"
@@ -69,12 +69,15 @@ class _GegluLinear(torch.autograd.Function):
         )
 
 
+_apply = applied(_GegluLinear)
+
+
 def geglu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     """(..., K) => (..., N), differentiable once; arguments checked, all given."""
     if torch.is_grad_enabled():
         differentiated = any(t is not None and t.requires_grad for t in (x, weight, bias))
         keep = differentiated and weight.shape[1] > RECOMPUTED[x.device.type]
-        y: Tensor = _GegluLinear.apply(x, weight, bias, keep, backend)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _apply(x, weight, bias, keep, backend)[0]
     else:
         y = torch.ops.ldmkit.geglu_linear(x, weight, bias, False, backend)[0]
     return y

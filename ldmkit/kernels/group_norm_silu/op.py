@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldmkit.kernels.layout import memory_format_of
-from ldmkit.kernels.raw import define, differentiate_once
+from ldmkit.kernels.raw import applied, define, differentiate_once
 
 FORWARD = (
     "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? shift, Tensor? residual,"
@@ -109,6 +109,9 @@ class _GroupNormSilu(torch.autograd.Function):
         )
 
 
+_apply = applied(_GroupNormSilu)
+
+
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -123,7 +126,7 @@ def group_norm_silu(
     """Differentiable once; arguments checked, all given."""
     arguments = (x, num_groups, weight, bias, eps, silu, shift, residual, backend)
     if torch.is_grad_enabled():
-        y: Tensor = _GroupNormSilu.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        y: Tensor = _apply(*arguments)[0]
     else:
         y = torch.ops.ldmkit.group_norm_silu(*arguments)[0]
     return y
