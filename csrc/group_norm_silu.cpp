@@ -98,7 +98,7 @@ void forward(const GroupNormSilu& call, T* y, float* mean, float* rstd, const Th
       std::fill_n(to + c, plan.planes ? 1 : plan.group_channels, static_cast<float>(first));
     }
   };
-  const auto read = [&](int64_t item, int64_t i) {
+  const auto read = [&](int64_t item, int64_t i, float*) {
     Part<T> part = plan.part(item, i);
     const int64_t at = place(item), to = (plan.planes ? i : i % cut.pieces) * stride + at;
     if (!plan.planes) return loops<T>(false).row_moments(part, plan.of(item).shift, &pivot[at], &sum[to], &square[to]);
@@ -133,12 +133,12 @@ void forward(const GroupNormSilu& call, T* y, float* mean, float* rstd, const Th
       finish_group(item, plan.first_group(item) + g, g * plan.group_channels, of_sum, of_square, pivot[at + g * each]);
     }
   };
-  const auto write = [&](int64_t item, int64_t i) {
+  const auto write = [&](int64_t item, int64_t i, float*) {
     const Loops<T>& run = loops<T>(plan.flushes(item));
     const auto normalise = plan.planes ? run.plane_normalise : run.row_normalise;
     normalise(plan.part(item, i), plan.of(item).coefficients(), plan.dense(y, item), call.silu, plan.stream);
   };
-  if (plan.vectors) two_passes(threads, cut, sizeof(T), prepare, read, finish, write);
+  if (plan.vectors) two_passes(threads, cut, sizeof(T), false, prepare, read, finish, write);
   for_each_other(plan, threads, [&](int64_t group) { exact_forward(call, plan.exact(group), group, y, mean, rstd); });
 }
 
@@ -161,11 +161,11 @@ void backward(const GroupNormSilu& call, const T* grad, int64_t grad_image, cons
       for (const int64_t end = c + plan.group_channels; c < end; ++c) k.set_affine(c, mean[group], rstd[group]);
     }
   };
-  const auto read = [&](int64_t item, int64_t i) {
+  const auto read = [&](int64_t item, int64_t i, float* kept) {
     const int64_t to = i % cut.pieces * stride + place(item);
     const auto sums = plan.planes ? loops<T>(false).plane_sums : loops<T>(false).row_sums;
     sums(plan.part(item, i), plan.at(grad, grad_image, item), plan.of(item).coefficients(), call.silu,
-         {&dz[to], &dz_t[to], &t[to]});
+         {&dz[to], &dz_t[to], &t[to]}, kept);
   };
   // With xhat = (h - mean) rstd, and means over the group: dh = rstd (weight dz - mean(weight dz) - xhat mean(weight dz xhat)).
   // The mean is a rounded one, so xhat's own mean is not quite 0: it is taken out. A channel's sum of dh is shift's gradient.
@@ -204,13 +204,13 @@ void backward(const GroupNormSilu& call, const T* grad, int64_t grad_image, cons
       finish_group(item, plan.first_group(item) + g, g * plan.group_channels);
     }
   };
-  const auto write = [&](int64_t item, int64_t i) {
+  const auto write = [&](int64_t item, int64_t i, const float* kept) {
     const Loops<T>& run = loops<T>(plan.flushes(item));
     const auto gradient = plan.planes ? run.plane_gradient : run.row_gradient;
-    gradient(plan.part(item, i), plan.at(grad, grad_image, item), plan.of(item).coefficients(), plan.dense(grad_x, item),
+    gradient(plan.part(item, i), plan.at(grad, grad_image, item), kept, plan.of(item).coefficients(), plan.dense(grad_x, item),
              call.silu, plan.stream);
   };
-  if (plan.vectors) two_passes(threads, cut, 2 * sizeof(T), prepare, read, finish, write);
+  if (plan.vectors) two_passes(threads, cut, 2 * sizeof(T), call.silu, prepare, read, finish, write);
   for_each_other(plan, threads, [&](int64_t group) {
     const int64_t at =
         place(plan.planes ? group : group / call.groups) + (plan.planes ? 0 : group % call.groups * plan.group_channels);

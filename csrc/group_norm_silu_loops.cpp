@@ -21,19 +21,21 @@ namespace {
     TARGET static void row_normalise(const Part<T>& part, const Coefficients& k, T* y, bool silu, bool stream) {               \
       group_norm::row_normalise<ISA>(part, k, y, silu, stream);                                                                \
     }                                                                                                                          \
-    TARGET static void plane_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to) {      \
-      group_norm::plane_sums<ISA>(part, grad, k, silu, to);                                                                    \
+    TARGET static void plane_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to,        \
+                                  float* kept) {                                                                               \
+      group_norm::plane_sums<ISA>(part, grad, k, silu, to, kept);                                                              \
     }                                                                                                                          \
-    TARGET static void row_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to) {        \
-      group_norm::row_sums<ISA>(part, grad, k, silu, to);                                                                      \
+    TARGET static void row_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to,          \
+                                float* kept) {                                                                                 \
+      group_norm::row_sums<ISA>(part, grad, k, silu, to, kept);                                                                \
     }                                                                                                                          \
-    TARGET static void plane_gradient(const Part<T>& part, const T* grad, const Coefficients& k, T* to, bool silu,             \
-                                      bool stream) {                                                                           \
-      group_norm::plane_gradient<ISA>(part, grad, k, to, silu, stream);                                                        \
+    TARGET static void plane_gradient(const Part<T>& part, const T* grad, const float* kept, const Coefficients& k, T* to,     \
+                                      bool silu, bool stream) {                                                                \
+      group_norm::plane_gradient<ISA>(part, grad, kept, k, to, silu, stream);                                                  \
     }                                                                                                                          \
-    TARGET static void row_gradient(const Part<T>& part, const T* grad, const Coefficients& k, T* to, bool silu,               \
-                                    bool stream) {                                                                             \
-      group_norm::row_gradient<ISA>(part, grad, k, to, silu, stream);                                                          \
+    TARGET static void row_gradient(const Part<T>& part, const T* grad, const float* kept, const Coefficients& k, T* to,       \
+                                    bool silu, bool stream) {                                                                  \
+      group_norm::row_gradient<ISA>(part, grad, kept, k, to, silu, stream);                                                    \
     }                                                                                                                          \
   };
 

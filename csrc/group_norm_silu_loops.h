@@ -42,12 +42,14 @@ struct Loops {
   // Writes y.
   void (*plane_normalise)(const Part<T>& part, const Coefficients& k, T* y, bool silu, bool stream);
   void (*row_normalise)(const Part<T>& part, const Coefficients& k, T* y, bool silu, bool stream);
-  // Adds to the sums that gradients are made of.
-  void (*plane_sums)(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to);
-  void (*row_sums)(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to);
-  // Writes the gradient of h.
-  void (*plane_gradient)(const Part<T>& part, const T* grad, const Coefficients& k, T* grad_x, bool silu, bool stream);
-  void (*row_gradient)(const Part<T>& part, const T* grad, const Coefficients& k, T* grad_x, bool silu, bool stream);
+  // Adds to the sums that gradients are made of. Writes dz, an element's place being its place in x, unless `kept` is null.
+  void (*plane_sums)(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to, float* kept);
+  void (*row_sums)(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to, float* kept);
+  // Writes the gradient of h. Computes dz again where `kept` is null.
+  void (*plane_gradient)(const Part<T>& part, const T* grad, const float* kept, const Coefficients& k, T* grad_x, bool silu,
+                         bool stream);
+  void (*row_gradient)(const Part<T>& part, const T* grad, const float* kept, const Coefficients& k, T* grad_x, bool silu,
+                       bool stream);
 };
 
 // For this processor. With `flush`, `normalise` and `gradient` may write 0 for subnormal numbers, as AVX512_BF16 rounds. T is

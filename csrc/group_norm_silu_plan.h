@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "group_norm_silu.h"
@@ -47,36 +48,43 @@ struct Cut {
 
 // For every item: prepare(item), read(item, part) for all parts, finish(item), write(item, part) for all parts, the last first:
 // what was read last is still in the caches. `size` is the bytes read per element. Where items are many and small, each is one
-// thread's; else all threads share the parts of a few.
+// thread's; else all threads share the parts of a few. With `keep`, read and write have a place for a float per element of the
+// item, to hand on what costs more to compute twice; null where the item does not stay in the caches.
 template <class Prepare, class Read, class Finish, class Write>
-void two_passes(const Threads& threads, const Cut& cut, int64_t size, const Prepare& prepare, const Read& read,
+void two_passes(const Threads& threads, const Cut& cut, int64_t size, bool keep, const Prepare& prepare, const Read& read,
                 const Finish& finish, const Write& write) {
-  const int64_t parts = cut.parts(), bytes = cut.elements() * size, grain = up(kPart, cut.elements());
+  const int64_t parts = cut.parts(), grain = up(kPart, cut.elements());
+  keep &= cut.elements() * (size + int64_t{sizeof(float)}) <= 2 * kCache;
+  const int64_t bytes = cut.elements() * (size + (keep ? int64_t{sizeof(float)} : 0));
+  const auto kept = [&](int64_t items) { return std::unique_ptr<float[]>(keep ? new float[items * cut.elements()] : nullptr); };
   if (bytes <= 2 * kCache && cut.items >= 2 * threads.count) {
     threads.run(cut.items, grain, [&](int64_t begin, int64_t end) {
+      const auto floats = kept(1);
       for (int64_t item = begin; item < end; ++item) {
         prepare(item);
-        for (int64_t i = 0; i < parts; ++i) read(item, i);
+        for (int64_t i = 0; i < parts; ++i) read(item, i, floats.get());
         finish(item);
-        for (int64_t i = parts; i-- > 0;) write(item, i);
+        for (int64_t i = parts; i-- > 0;) write(item, i, floats.get());
       }
     });
     return;
   }
   const int64_t wave = std::max<int64_t>(1, threads.count * kCache / bytes);
+  const auto floats = kept(std::min(wave, cut.items));
+  const auto place = [&](int64_t item) { return keep ? floats.get() + item * cut.elements() : nullptr; };
   for (int64_t first = 0; first < cut.items; first += wave) {
     const int64_t items = std::min(wave, cut.items - first);
     threads.run(items, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) prepare(first + i);
     });
     threads.run(items * parts, up(kPart * parts, cut.elements()), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) read(first + i / parts, i % parts);
+      for (int64_t i = begin; i < end; ++i) read(first + i / parts, i % parts, place(i / parts));
     });
     threads.run(items, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) finish(first + i);
     });
     threads.run(items * parts, up(kPart * parts, cut.elements()), [&](int64_t begin, int64_t end) {
-      for (int64_t i = end; i-- > begin;) write(first + i / parts, i % parts);
+      for (int64_t i = end; i-- > begin;) write(first + i / parts, i % parts, place(i / parts));
     });
   }
 }

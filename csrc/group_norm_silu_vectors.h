@@ -119,6 +119,19 @@ struct HalfOfDoubles {
   typedef double D __attribute__((vector_size(4 * W)));
 };
 
+// Adds halves until one is left.
+template <int W>
+LDMKIT_INLINE double total_of(typename HalfOfDoubles<W>::D lanes) {
+  if constexpr (W == 4) {
+    return lanes[0] + lanes[1];
+  } else {
+    typename HalfOfDoubles<W / 2>::D low, high;
+    std::memcpy(&low, &lanes, sizeof(low));
+    std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof(low), sizeof(high));
+    return total_of<W / 2>(low + high);
+  }
+}
+
 // As many doubles as vectors have floats.
 template <class Isa>
 struct Doubles {
@@ -129,6 +142,12 @@ struct Doubles {
     typename Vec<Isa::W / 2>::F first, last;
     std::memcpy(&first, &value, sizeof(first));
     std::memcpy(&last, reinterpret_cast<const char*>(&value) + sizeof(first), sizeof(last));
+    if constexpr (kAvx<Isa::W> && Isa::W == 16) {  // of __builtin_convertvector, GCC makes six instructions each
+      Doubles wide;
+      asm("vcvtps2pd %1, %0" : "=v"(wide.low) : "v"(first));
+      asm("vcvtps2pd %1, %0" : "=v"(wide.high) : "v"(last));
+      return wide;
+    }
     return {__builtin_convertvector(first, Half), __builtin_convertvector(last, Half)};
   }
   static LDMKIT_INLINE Doubles at(const double* from) {
@@ -139,15 +158,7 @@ struct Doubles {
   LDMKIT_INLINE void to(double* to) const { std::memcpy(to, this, sizeof(*this)); }
   LDMKIT_INLINE Doubles operator+(const Doubles& other) const { return {low + other.low, high + other.high}; }
   LDMKIT_INLINE Doubles operator*(const Doubles& other) const { return {low * other.low, high * other.high}; }
-  LDMKIT_INLINE double total() const {
-    double lanes[Isa::W / 2];
-    const Half both = low + high;
-    std::memcpy(lanes, &both, sizeof(both));
-    for (int n = Isa::W / 4; n > 0; n /= 2) {
-      for (int l = 0; l < n; ++l) lanes[l] += lanes[l + n];
-    }
-    return lanes[0];
-  }
+  LDMKIT_INLINE double total() const { return total_of<Isa::W>(low + high); }
 };
 
 // run(i, n, c) for the runs of a part: elements [i, i + n), of channel c, or of channels from c on.
@@ -301,10 +312,11 @@ struct LaneSums {
 // Adds up to kTile vectors, `stride` elements apart: in float first, then in double.
 template <class Isa, class T>
 LDMKIT_INLINE void add_sums(const T* grad, const T* x, const T* residual, int64_t stride, int64_t count, int skip,
-                            Float<Isa> offset, Float<Isa> scale, Float<Isa> bias, bool silu, LaneSums<Isa>& to) {
+                            Float<Isa> offset, Float<Isa> scale, Float<Isa> bias, bool silu, LaneSums<Isa>& to, float* kept) {
   Float<Isa> dz = {}, dz_t = {}, t = {};
   for (int64_t j = 0; j < count; ++j) {
     const Slope<Isa> at = slope_at<Isa>(grad, x, residual, j * stride, offset, scale, bias, silu);
+    if (kept) store<Isa::W>(kept + j * stride, at.dz);
     dz += at.dz;
     dz_t += at.dz * at.t;
     t += at.t;
@@ -315,14 +327,16 @@ LDMKIT_INLINE void add_sums(const T* grad, const T* x, const T* residual, int64_
 }
 
 template <class Isa, class T>
-LDMKIT_INLINE void plane_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to) {
+LDMKIT_INLINE void plane_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to,
+                              float* kept) {
   constexpr int W = Isa::W;
   for_each_plane(part, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
     const Float<Isa> offset = Float<Isa>{} + k.offset[c], scale = Float<Isa>{} + k.scale[c], bias = Float<Isa>{} + k.bias[c];
     LaneSums<Isa> sums = {};
     for_each_tile<Isa>(n, [&](int64_t j, int64_t count, int skip) __attribute__((always_inline)) {
       const T* residual = part.residual ? part.residual + i + j : nullptr;
-      add_sums<Isa>(grad + i + j, part.x + i + j, residual, W, count, skip, offset, scale, bias, silu, sums);
+      add_sums<Isa>(grad + i + j, part.x + i + j, residual, W, count, skip, offset, scale, bias, silu, sums,
+                    kept ? kept + i + j : nullptr);
     });
     to.dz[c] += sums.dz.total();
     to.dz_t[c] += sums.dz_t.total();
@@ -331,7 +345,8 @@ LDMKIT_INLINE void plane_sums(const Part<T>& part, const T* grad, const Coeffici
 }
 
 template <class Isa, class T>
-LDMKIT_INLINE void row_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to) {
+LDMKIT_INLINE void row_sums(const Part<T>& part, const T* grad, const Coefficients& k, bool silu, const Sums& to,
+                            float* kept) {
   constexpr int W = Isa::W, kTile = Isa::kTile;
   for (int64_t p = part.begin; p < part.end; p += kTile) {
     const int64_t count = std::min<int64_t>(kTile, part.end - p), at = p * part.channels;
@@ -339,7 +354,8 @@ LDMKIT_INLINE void row_sums(const Part<T>& part, const T* grad, const Coefficien
     for_each_vector<Isa>(part.first, part.last, [&](int64_t c, int skip) __attribute__((always_inline)) {
       LaneSums<Isa> sums = {Doubles<Isa>::at(to.dz + c), Doubles<Isa>::at(to.dz_t + c), Doubles<Isa>::at(to.t + c)};
       add_sums<Isa>(grad + at + c, part.x + at + c, residual ? residual + c : nullptr, part.channels, count, skip,
-                    load<W>(k.offset + c), load<W>(k.scale + c), load<W>(k.bias + c), silu, sums);
+                    load<W>(k.offset + c), load<W>(k.scale + c), load<W>(k.bias + c), silu, sums,
+                    kept ? kept + at + c : nullptr);
       sums.dz.to(to.dz + c);
       sums.dz_t.to(to.dz_t + c);
       sums.t.to(to.t + c);
@@ -348,32 +364,34 @@ LDMKIT_INLINE void row_sums(const Part<T>& part, const T* grad, const Coefficien
 }
 
 template <class Isa, bool kEach, class T>
-LDMKIT_INLINE void gradient_run(const T* grad, const T* x, const T* residual, T* grad_x, int64_t n, const Coefficients& k,
-                                int64_t c, bool silu, bool stream) {
+LDMKIT_INLINE void gradient_run(const T* grad, const float* kept, const T* x, const T* residual, T* grad_x, int64_t n,
+                                const Coefficients& k, int64_t c, bool silu, bool stream) {
   const Values<Isa, kEach> offset(k.offset + c), scale(k.scale + c), bias(k.bias + c), slope(k.slope + c),
       constant(k.constant + c);
   for_each_vector<Isa>(0, n, [&](int64_t i, int) __attribute__((always_inline)) {
     const Float<Isa> a = scale.at(i);
-    const Slope<Isa> at = slope_at<Isa>(grad, x, residual, i, offset.at(i), a, bias.at(i), silu);
+    const Slope<Isa> at = kept ? Slope<Isa>{load_sum<Isa>(x, residual, i) + offset.at(i), load<Isa::W>(kept + i)}
+                               : slope_at<Isa>(grad, x, residual, i, offset.at(i), a, bias.at(i), silu);
     write<Isa>(grad_x + i, at.dz * a + (at.t * slope.at(i) + constant.at(i)), stream);
   });
 }
 
 template <class Isa, class T>
-LDMKIT_INLINE void plane_gradient(const Part<T>& part, const T* grad, const Coefficients& k, T* grad_x, bool silu,
-                                  bool stream) {
+LDMKIT_INLINE void plane_gradient(const Part<T>& part, const T* grad, const float* kept, const Coefficients& k, T* grad_x,
+                                  bool silu, bool stream) {
   for_each_plane(part, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
     const T* residual = part.residual ? part.residual + i : nullptr;
-    gradient_run<Isa, false>(grad + i, part.x + i, residual, grad_x + i, n, k, c, silu, stream);
+    gradient_run<Isa, false>(grad + i, kept ? kept + i : nullptr, part.x + i, residual, grad_x + i, n, k, c, silu, stream);
   });
   end_stream(stream);
 }
 
 template <class Isa, class T>
-LDMKIT_INLINE void row_gradient(const Part<T>& part, const T* grad, const Coefficients& k, T* grad_x, bool silu, bool stream) {
+LDMKIT_INLINE void row_gradient(const Part<T>& part, const T* grad, const float* kept, const Coefficients& k, T* grad_x,
+                                bool silu, bool stream) {
   for_each_row(part, [&](int64_t i, int64_t n, int64_t c) __attribute__((always_inline)) {
     const T* residual = part.residual ? part.residual + i : nullptr;
-    gradient_run<Isa, true>(grad + i, part.x + i, residual, grad_x + i, n, k, c, silu, stream);
+    gradient_run<Isa, true>(grad + i, kept ? kept + i : nullptr, part.x + i, residual, grad_x + i, n, k, c, silu, stream);
   });
   end_stream(stream);
 }
