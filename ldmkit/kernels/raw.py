@@ -105,11 +105,12 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    eager = type(function.__name__, (torch.autograd.Function,), members)
+    eager: Any = type(function.__name__, (torch.autograd.Function,), members)
 
     def apply(*arguments: Any) -> Any:
         transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return (function if transformed else eager).apply(*arguments)
+        chosen: Any = function if transformed else eager
+        return chosen.apply(*arguments)
 
     return apply
 
