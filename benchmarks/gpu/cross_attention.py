@@ -24,7 +24,8 @@ from ldmkit.kernels.backends import implementations
 CROSS = [(2, 8, 4096, 77, 40), (2, 8, 1024, 77, 80), (2, 8, 256, 77, 160), (2, 10, 4096, 77, 64), (2, 20, 1024, 77, 64)]
 CROSS += [(16, 8, 4096, 77, 40), (16, 10, 4096, 77, 64)]  # above 40 MB
 SELF = [(2, 8, 4096, 4096, 40), (2, 10, 4096, 4096, 64), (2, 20, 1024, 1024, 64), (2, 8, 1024, 1024, 80), (2, 8, 256, 256, 160)]
-"""(B, H, L, S, D) of guided steps of SD1.5 at 512 x 512 and SDXL at 1024 x 1024."""
+SELF += [(1, 1, 4096, 4096, 512)]
+"""(B, H, L, S, D) of guided steps of SD1.5 at 512 x 512 and SDXL at 1024 x 1024, and of a decoder's one wide head."""
 LARGE_BYTES = 40e6
 LARGE_SHARE = 0.75
 MICROSECONDS = {(2, 10, 4096, 77, 64): 8.0}
