@@ -55,7 +55,7 @@ def cuda_cases():
 
 
 @needs_nvcc
-@pytest.mark.parametrize(("source", "architecture"), cuda_cases())
+@pytest.mark.parametrize(("source", "architecture"), list(cuda_cases()))
 def test_cuda_kernels(source, architecture):
     rows = check_cuda(source, architecture)
     assert clean(rows)
