@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 import torch
 from pydantic import Field
@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ldmkit import arguments
+from ldmkit.checkpoints.accounting import Accounting
+from ldmkit.checkpoints.folders import write_folder
 from ldmkit.checkpoints.parts import DType
 from ldmkit.checkpoints.pipelines import read_pipeline, write_pipeline
 from ldmkit.config import Config
@@ -109,6 +111,7 @@ class Pipeline:
             prediction if isinstance(prediction, Prediction) else Prediction(_config(Prediction.Config, prediction))
         )
         self.defaults = _config(Defaults, defaults) or Defaults()
+        self.accounting: Mapping[str, Accounting] = {}
         self._progress: dict[str, Any] = {}
         if self.denoiser.out_channels != self.autoencoder.latent_channels:
             raise ConfigError(
@@ -160,8 +163,24 @@ class Pipeline:
         """Options for tqdm; `disable=True` switches the progress bar off."""
         self._progress = kwargs
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | None = None) -> Path:
-        """Write everything to a folder that `from_pretrained` gives back bit for bit. Raises: OutputError, PluginError."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        max_shard_size: int | None = None,
+        format: Literal["ldmkit", "diffusers"] = "ldmkit",
+    ) -> Path:
+        """Write everything to a folder that `from_pretrained` gives back bit for bit.
+
+        Args:
+            max_shard_size: bytes of a weights file at most.
+            format: "diffusers" writes a folder that diffusers loads too.
+
+        Raises:
+            OutputError, PluginError: where nothing can be written, or a part's class is not registered.
+            ConfigError: for parts and settings that diffusers has no counterpart for, with format="diffusers".
+            InputError: for another format.
+        """
         parts: dict[str, Part | None] = {
             "autoencoder": self.autoencoder,
             "denoiser": self.denoiser,
@@ -169,6 +188,10 @@ class Pipeline:
             "sampler": self._sampler,
         }
         settings = {"schedule": self.schedule.config, "prediction": self.prediction.config, "defaults": self.defaults}
+        if format == "diffusers":
+            return write_folder(Path(folder), parts, settings, max_shard_size=max_shard_size)
+        if format != "ldmkit":
+            raise InputError(f"format = {format!r}: must be 'ldmkit' or 'diffusers'")
         return write_pipeline(Path(folder), parts, settings, max_shard_size=max_shard_size)
 
     @classmethod
@@ -179,13 +202,18 @@ class Pipeline:
         dtype: DType | None = None,
         torch_dtype: DType | None = None,
         device: torch.device | str = "cpu",
+        variant: str | None = None,
+        strict: bool = True,
         **parts: PartLike,
     ) -> Self:
-        """Load a folder written by `save_pretrained`, or a pipeline that a plugin registers by name ("emoji").
+        """Load a folder written by `save_pretrained` or by diffusers, or a pipeline that a plugin registers by name ("emoji").
 
         Args:
             dtype: floating-point type of the weights (`torch_dtype` is accepted too); float32 if not given, "auto" = as stored.
-            parts: replacements, as for the constructor (`sampler="euler"`); a replaced part is not read.
+            variant: of a folder in the diffusers layout, "fp16" reads `*.fp16.safetensors`.
+            strict: whether keys that a part does not have are errors (see `accounting`); else they are left out with a warning.
+            parts: replacements, as for the constructor (`sampler="euler"`); a replaced part is not read. A component of a
+                diffusers folder that has no part here may be given as None (`safety_checker=None`).
 
         Raises:
             CheckpointError, ArchitectureMismatchError: for files that are missing, damaged or do not fit.
@@ -193,15 +221,19 @@ class Pipeline:
             InputTypeError: for an argument that there is not, or a dtype that is none.
         """
         known = [name for name in signature(cls.__init__).parameters if name != "self"]
-        for name in parts:
-            if name not in known:
+        for name, part in parts.items():
+            if name not in known and part is not None:
                 close = get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
                 raise InputTypeError(f"from_pretrained has no argument {name!r}; {hint}")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise InputError(f"dtype = {dtype} and torch_dtype = {torch_dtype} differ; give one of them")
         wanted = dtype or torch_dtype or torch.float32
-        return cls(**(read_pipeline(name_or_folder, dtype=wanted, device=device, without=parts) | parts))
+        read = read_pipeline(name_or_folder, dtype=wanted, device=device, variant=variant, strict=strict, without=parts)
+        accounting = read.pop("accounting", {})
+        pipe = cls(**{**read, **{name: part for name, part in parts.items() if name in known}})
+        pipe.accounting = accounting
+        return pipe
 
     # -------------------------------------------------------------------------------------------------------------------- call
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
-from ldmkit.checkpoints.weights import WEIGHT_FILES, load_weights, read_weights, write_weights
-from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError, OutputError
+from ldmkit.checkpoints.filling import DType, check_dtype, fill, skeleton
+from ldmkit.checkpoints.weights import WEIGHT_FILES, read_weights, write_weights
+from ldmkit.errors import CheckpointError, ConfigError, OutputError
 from ldmkit.interfaces import Part
 from ldmkit.plugin.provenance import Saved, name_to_load
 from ldmkit.plugin.registry import registry
 
-DType = torch.dtype | Literal["auto"]
+__all__ = ["DType", "describe_part", "load_part", "restore_part", "save_part", "write_part"]
 
 
 def describe_part(part: Part) -> dict[str, Any]:
@@ -75,8 +77,7 @@ def load_part(
         ConfigError, UnknownPartError: for a config or a part that the installed plugins do not know; a part whose distribution
             is not installed says what to install.
     """
-    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InputTypeError(f"dtype = {dtype!r}: must be a floating-point torch.dtype such as torch.bfloat16, or 'auto'")
+    check_dtype(dtype)
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
@@ -102,25 +103,9 @@ def restore_part(
                 raise ConfigError(f"{folder / 'part.json'}: {field} = {asset!r} must be the bare name of a file in that folder")
             values[field] = str(folder / asset)
     config = part_class.Config.parse(values, owner=f"{found} {name!r} in {folder}")
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # initial values are about to be overwritten: the caller's random state is not spent on them
-        part = part_class(config)
-    if isinstance(part, nn.Module):
-        load_module(part, folder, dtype=dtype, device=device)
-    return part
-
-
-def load_module(module: nn.Module, folder: Path, *, dtype: DType, device: torch.device | str) -> None:
-    """Fill a module with a folder's weights, in the wanted dtype, and put it in evaluation mode."""
+    if not issubclass(part_class, nn.Module):
+        return part_class(config)
+    part = skeleton(part_class, config)
     tensors = read_weights(folder)
-    stored = {t.dtype for t in tensors.values() if t.is_floating_point()}
-    if dtype == "auto":
-        if len(stored) > 1:
-            raise InputError(f"{folder} stores several dtypes ({', '.join(sorted(map(str, stored)))}); name one with dtype=")
-        wanted = stored.pop() if stored else torch.float32
-    else:
-        wanted = dtype
-    module.to(dtype=wanted)
-    load_weights(module, tensors, source=str(folder))
-    module.to(device=device).eval()
+    accounting = Accounting.of(part.state_dict(), tensors, source=str(folder), model=part_class.__name__)
+    return fill(part, tensors, accounting, dtype=dtype, device=device)

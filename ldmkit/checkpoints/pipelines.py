@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
+from ldmkit.checkpoints.folders import is_diffusers_folder, read_folder
 from ldmkit.checkpoints.parts import DType, describe_part, load_part, write_part
 from ldmkit.checkpoints.weights import WEIGHT_FILES
 from ldmkit.config import Config
-from ldmkit.errors import CheckpointError, InputTypeError, UnknownPartError
+from ldmkit.errors import CheckpointError, InputError, InputTypeError, UnknownPartError
 from ldmkit.interfaces import Part
 from ldmkit.plugin.provenance import Saved, check_installed, name_to_load
 from ldmkit.plugin.registry import registry
@@ -54,7 +55,7 @@ def resolve(name_or_folder: str | Path) -> Path:
         UnknownPartError: when it is neither.
     """
     path = Path(name_or_folder)
-    if (path / INDEX).is_file():
+    if (path / INDEX).is_file() or is_diffusers_folder(path):
         return path
     if isinstance(name_or_folder, Path) or path.parent != Path() or path == Path():
         if path.is_dir():
@@ -69,16 +70,27 @@ def resolve(name_or_folder: str | Path) -> Path:
 
 
 def read_pipeline(
-    name_or_folder: str | Path, *, dtype: DType, device: torch.device | str, without: Collection[str] = ()
+    name_or_folder: str | Path,
+    *,
+    dtype: DType,
+    device: torch.device | str,
+    variant: str | None = None,
+    strict: bool = True,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """The arguments that make a saved pipeline again; see `ldmkit.Pipeline.from_pretrained`.
 
     Args:
+        variant, strict: for folders in the diffusers layout; see `ldmkit.checkpoints.folders`.
         without: parts not to read.
     """
     if not isinstance(name_or_folder, str | Path):
         raise InputTypeError(f"from_pretrained takes a folder or a name, got {type(name_or_folder).__name__}")
     folder = resolve(name_or_folder)
+    if not (folder / INDEX).is_file() and is_diffusers_folder(folder):
+        return read_folder(folder, dtype=dtype, device=device, variant=variant, strict=strict, without=without)
+    if variant is not None or not strict:
+        raise InputError(f"variant and strict are for folders in the diffusers layout, and {folder} is none")
     index = read_json(folder / INDEX)
     try:
         if index["format"] > FORMAT:

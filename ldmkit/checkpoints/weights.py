@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from ldmkit.checkpoints.accounting import Accounting
+from ldmkit.checkpoints.container import SafetensorsFile
 from ldmkit.checkpoints.files import read_json, write_bytes, write_json
-from ldmkit.errors import ArchitectureMismatchError, CheckpointError
+from ldmkit.errors import CheckpointError
 
 STEM = "model"
 """Weights are `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with `model.safetensors.index.json`."""
@@ -54,59 +52,45 @@ def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, 
     return shards
 
 
-def read_weights(folder: Path, *, stem: str = STEM) -> dict[str, Tensor]:
-    """All tensors of a folder written by `write_weights`.
+def read_weights(folder: Path, *, stem: str = STEM, variant: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a folder: one file or shards with an index. They are views of the files, mapped into memory.
+
+    Args:
+        variant: "fp16" means `{stem}.fp16.safetensors`, or the shards of `{stem}.safetensors.index.fp16.json`.
 
     Raises:
         CheckpointError: where a file is missing, truncated or corrupt, naming the file and, where one can be, the key.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        return read_file(folder / f"{stem}.safetensors")
-    where: dict[str, str] = read_json(index)["weight_map"]
+    indices = [f"{stem}.safetensors.index.{variant}.json", f"{stem}.{variant}.safetensors.index.json"]
+    for index in (folder / name for name in (indices if variant else [f"{stem}.safetensors.index.json"])):
+        if index.exists():
+            return _read_shards(index)
+    return read_file(folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"))
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    content = read_json(index)
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise CheckpointError(f"{index} must hold a weight_map of keys to names of files; it is damaged or is something else")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
-        if Path(name).name != name:
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise CheckpointError(f"{index}: shard name {name!r} points outside the folder")
-        tensors |= read_file(folder / name)
-    missing = sorted(set(where) - set(tensors))
+        shard = read_file(index.parent / name)
+        twice = sorted(tensors.keys() & shard.keys())
+        if twice:
+            raise CheckpointError(f"{index}: {', '.join(twice)} are in {name} and in another shard too")
+        tensors |= shard
+    missing = sorted(where.keys() - tensors.keys())
     if missing:
         raise CheckpointError(f"{index} promises keys that no shard holds: {', '.join(missing)}")
     return tensors
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. Raises: CheckpointError, as `read_weights`."""
-    if not path.is_file():
-        raise CheckpointError(f"weights file {path} is missing")
-    _check_whole(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"weights file {path} cannot be read: {error}") from error
-
-
-def _check_whole(path: Path) -> None:
-    """Compare the header's promises with the file's size, so that a truncated file is reported by its first lost key."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if len(prefix) < 8 or 8 + length > size:
-            raise CheckpointError(f"weights file {path} is truncated within its header ({size} bytes); fetch it again")
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            ends = {key: 8 + length + entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"weights file {path} is not a safetensors file, or its header is corrupt ({error})"
-            ) from None
-    lost = sorted((end, key) for key, end in ends.items() if end > size)
-    if lost:
-        raise CheckpointError(
-            f"weights file {path} is truncated: it has {size} bytes of {lost[-1][0]}, and {len(lost)} of {len(ends)} tensors "
-            f"are cut off, the first being {lost[0][1]!r}; fetch it again"
-        )
+    """All tensors of one safetensors file, mapped into memory. Raises: CheckpointError, as `read_weights`."""
+    return SafetensorsFile(path).tensors()
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
@@ -115,17 +99,6 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], *, source: st
     Raises:
         ArchitectureMismatchError: listing every such key.
     """
-    own = module.state_dict()
-    problems = [f"missing     {key} {tuple(own[key].shape)}" for key in sorted(set(own) - set(tensors))]
-    problems += [f"unexpected  {key} {tuple(tensors[key].shape)}" for key in sorted(set(tensors) - set(own))]
-    for key in sorted(set(own) & set(tensors)):
-        if own[key].shape != tensors[key].shape:
-            problems.append(f"shape       {key}: file {tuple(tensors[key].shape)}, model {tuple(own[key].shape)}")
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ArchitectureMismatchError(
-            f"{source} does not fit {type(module).__name__}: {len(problems)} of {len(set(own) | set(tensors))} keys differ; "
-            f"the weights belong to another architecture or config\n  {lines}"
-        )
+    Accounting.of(module.state_dict(), tensors, source=source, model=type(module).__name__).check()
     with torch.no_grad():
         module.load_state_dict(dict(tensors))

@@ -34,6 +34,8 @@ class Component:
         target: "package.module:Class", imported on first use. For a pipeline: "package.module:function", returning the folder
             of a saved pipeline.
         summary: one line for listings.
+        diffusers: class names of diffusers and transformers that the part reads and writes (see `ldmkit.checkpoints.foreign`);
+            joined by "+" where one part is made of several components.
 
     Raises:
         PluginError: for an unknown kind, a name that is not lower-case words, or a target that is not "module:attribute".
@@ -43,6 +45,7 @@ class Component:
     name: str
     target: str
     summary: str = ""
+    diffusers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -20,6 +20,7 @@ def ldmkit_components() -> Iterable[Component]:
             name="clip-text",
             target="ldmkit_text.clip:CLIPTextConditioner",
             summary="CLIP's text encoder: hidden-layer choice, clip-skip, pooled output (Stable Diffusion 1, 2, XL).",
+            diffusers=("CLIPTextModel",),
         ),
         Component(
             kind="conditioner",

@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ldmkit.config
+from ldmkit.checkpoints.compvis import clip_map
 from ldmkit.checkpoints.files import read_json
+from ldmkit.checkpoints.foreign import Configs, Reading, Written
 from ldmkit.config import AssetPath
 from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError
 from ldmkit.interfaces import Condition, Conditioner
@@ -60,7 +62,7 @@ class CLIPTextConditioner(Conditioner):
         """Architecture as in transformers' `CLIPTextConfig`, and what is taken from it. The defaults are CLIP-L's.
 
         Attributes:
-            vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`.
+            vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`; or `tokenizer.json`, which holds both.
             vocab_size: rows of the embedding table; None = the entries of `vocab`.
             projection_dim: width of the pooled vector's projection; None = there is none.
             eos_token_id: where the pooled vector is taken: the first such token; None = <|endoftext|>; 2 = the highest id, as
@@ -72,7 +74,7 @@ class CLIPTextConditioner(Conditioner):
         """
 
         vocab: AssetPath
-        merges: AssetPath
+        merges: AssetPath | None = None
         vocab_size: int | None = Field(None, ge=1)
         hidden_size: int = Field(768, ge=1)
         intermediate_size: int = Field(3072, ge=1)
@@ -116,7 +118,7 @@ class CLIPTextConditioner(Conditioner):
         try:
             tokenizer = CLIPTokenizer(vocab, merges, pad_token=config.pad_token).backend_tokenizer
         except Exception as error:  # the library raises a bare Exception
-            raise CheckpointError(f"{config.merges} does not fit {config.vocab}: {error}") from None
+            raise CheckpointError(f"{config.merges or config.vocab} does not fit {config.vocab}: {error}") from None
         self.prompt_encoder = PromptEncoder(
             tokenizer,
             max_length=config.max_position_embeddings,
@@ -171,6 +173,39 @@ class CLIPTextConditioner(Conditioner):
         return index - clip_skip
 
     @classmethod
+    def from_diffusers(cls, configs: Configs, tokenizers: Mapping[str, Path]) -> Reading:
+        """See `ldmkit.checkpoints.foreign`. Raises: ConfigError, CheckpointError."""
+        from ldmkit_text.huggingface import clip_values
+
+        (name,) = configs
+        if "tokenizer" not in tokenizers:
+            raise CheckpointError(
+                f"{name} has no tokenizer beside it, and prompts cannot be read without; pass conditioner=..."
+            )
+        return Reading(clip_values(configs[name], tokenizers["tokenizer"], projected=False, source=f"the config of {name}"))
+
+    def to_diffusers(self) -> Mapping[str, Written]:
+        """See `ldmkit.checkpoints.foreign`. Raises: ConfigError where Stable Diffusion 1 and 2 would take other tokens."""
+        from ldmkit_text.huggingface import clip_tokenizer_files
+
+        config = self.config
+        if config.layer_index != config.num_hidden_layers or not config.final_layer_norm or config.pooled:
+            raise ConfigError(
+                f"layer = {config.layer!r}, final_layer_norm = {config.final_layer_norm}, pooled = {config.pooled}: diffusers' "
+                "Stable Diffusion pipelines take the last layer, normalised, and nothing else"
+            )
+        values = self._clip[0].config.to_diff_dict()
+        values |= {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": config.hidden_act}
+        merges = None if config.merges is None else Path(config.merges)
+        files = clip_tokenizer_files(
+            Path(config.vocab), merges, pad_token=config.pad_token, length=config.max_position_embeddings
+        )
+        return {
+            "text_encoder": Written("transformers", "CLIPTextModel", values, clip_map()),
+            "tokenizer": Written("transformers", "CLIPTokenizer", files=files),
+        }
+
+    @classmethod
     def from_huggingface(cls, folder: str | Path, tokenizer: str | Path | None = None, **changes: Any) -> Self:
         """Pretrained weights from a local folder with `config.json` and `model.safetensors`, in evaluation mode.
 
@@ -192,7 +227,8 @@ class CLIPTextConditioner(Conditioner):
 
 def _read_vocab(config: CLIPTextConditioner.Config) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary, piece => id, and the merges, best first. Raises: CheckpointError, ConfigError."""
-    vocab = read_json(Path(config.vocab))
+    content = read_json(Path(config.vocab))
+    vocab, lines = _parts_of_tokenizer(content, config.vocab) if config.merges is None else (content, None)
     if not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str):
         raise CheckpointError(f"vocabulary {config.vocab} must map pieces to the numbers from 0 on, each once")
     lacking = [token for token in (BOS, EOS, config.pad_token) if token not in vocab]
@@ -200,21 +236,35 @@ def _read_vocab(config: CLIPTextConditioner.Config) -> tuple[dict[str, int], lis
         raise CheckpointError(f"vocabulary {config.vocab} lacks {', '.join(lacking)}")
     if config.vocab_size is not None and config.vocab_size < len(vocab):
         raise ConfigError(f"vocab_size {config.vocab_size} is less than the {len(vocab)} pieces of {config.vocab}")
+    if config.merges is None:
+        return vocab, _merges(lines or [], config.vocab)
     try:
         lines = Path(config.merges).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise CheckpointError(f"merges {config.merges} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"merges {config.merges} is not UTF-8 text: {error}") from None
+    return vocab, _merges(lines, config.merges)
+
+
+def _parts_of_tokenizer(content: Any, path: str) -> tuple[dict[str, int], list[str]]:
+    """Vocabulary and merges out of a tokenizer.json."""
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise CheckpointError(f"{path} is no tokenizer.json of a byte-pair tokenizer; give vocab.json and merges.txt")
+    return model["vocab"], [" ".join(pair) if isinstance(pair, list) else str(pair) for pair in model["merges"]]
+
+
+def _merges(lines: Sequence[str], path: str) -> list[tuple[str, str]]:
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         first, space, second = line.partition(" ")
         if not (first and space and second) or " " in second:
-            raise CheckpointError(f"merges {config.merges}: line {number} is not two pieces with a space between: {line!r}")
+            raise CheckpointError(f"merges {path}: line {number} is not two pieces with a space between: {line!r}")
         merges.append((first, second))
-    return vocab, merges
+    return merges
 
 
 def _clip_config(config: CLIPTextConditioner.Config, vocab: Mapping[str, int]) -> CLIPTextConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,47 @@ def clip_config_values(folder: Path, tokenizer: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: where a file is missing or damaged. ConfigError: where the model is no CLIP text encoder.
     """
-    values = _config_values(folder, CLIP_COPIED, CLIP_FIXED)
     given = read_json(folder / "config.json")
-    if "CLIPTextModelWithProjection" in given.get("architectures", ()):
+    projected = isinstance(given, dict) and "CLIPTextModelWithProjection" in given.get("architectures", ())
+    return clip_values(given, tokenizer, projected=projected, source=str(folder / "config.json"))
+
+
+def clip_values(given: Any, tokenizer: Path, *, projected: bool, source: str) -> dict[str, Any]:
+    """Values of `CLIPTextConditioner.Config` from the content of a config.json, `source`, and the tokenizer's folder.
+
+    Args:
+        projected: whether the model has a text_projection.
+    """
+    values = _values(given, CLIP_COPIED, CLIP_FIXED, source)
+    if projected:
         values["projection_dim"] = given.get("projection_dim", 512)
-    values |= {"vocab": str(tokenizer / "vocab.json"), "merges": str(tokenizer / "merges.txt")}
+    whole = tokenizer / "tokenizer.json"
+    if whole.exists() and not (tokenizer / "vocab.json").exists():
+        values |= {"vocab": str(whole)}
+    else:
+        values |= {"vocab": str(tokenizer / "vocab.json"), "merges": str(tokenizer / "merges.txt")}
     return {**values, "pad_token": _pad_token(tokenizer)}
+
+
+def clip_tokenizer_files(vocab: Path, merges: Path | None, *, pad_token: str, length: int) -> dict[str, Path | bytes]:
+    """The files of a CLIP tokenizer's folder, as transformers reads them."""
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+        "model_max_length": length,
+    }
+    special = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    files: dict[str, Path | bytes] = (
+        {"tokenizer.json": vocab} if merges is None else {"vocab.json": vocab, "merges.txt": merges}
+    )
+    return {
+        **files,
+        "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
+        "special_tokens_map.json": json.dumps(special, indent=2).encode(),
+    }
 
 
 def load_bert(conditioner: nn.Module, folder: Path) -> None:
@@ -104,8 +140,10 @@ def _without(tensors: Mapping[str, Tensor], ignored: Mapping[str, str]) -> dict[
 
 
 def _config_values(folder: Path, copied: tuple[str, ...], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / "config.json"
-    given = read_json(path)
+    return _values(read_json(folder / "config.json"), copied, fixed, str(folder / "config.json"))
+
+
+def _values(given: Any, copied: tuple[str, ...], fixed: Mapping[str, Any], path: str) -> dict[str, Any]:
     if not isinstance(given, dict) or "model_type" not in given:
         raise CheckpointError(f"{path} is not the config of a Hugging Face model: it has no model_type")
     for key, value in fixed.items():
@@ -116,12 +154,19 @@ def _config_values(folder: Path, copied: tuple[str, ...], fixed: Mapping[str, An
 
 def _tokenizer_setting(folder: Path, key: str, default: Any) -> Any:
     path = folder / "tokenizer_config.json"
-    return read_json(path).get(key, default) if path.exists() else default
+    return _object(path).get(key, default) if path.exists() else default
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")
+    return value
 
 
 def _pad_token(folder: Path) -> str:
     """special_tokens_map.json has the last word where it exists, as in transformers."""
     special = folder / "special_tokens_map.json"
     default = _tokenizer_setting(folder, "pad_token", "<|endoftext|>")
-    token = read_json(special).get("pad_token", default) if special.exists() else default
-    return str(token["content"] if isinstance(token, dict) else token)
+    token = _object(special).get("pad_token", default) if special.exists() else default
+    return str(token.get("content", default) if isinstance(token, dict) else token)

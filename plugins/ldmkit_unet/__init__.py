@@ -14,5 +14,6 @@ def ldmkit_components() -> Iterable[Component]:
             name="unet",
             target="ldmkit_unet.unet:UNet",
             summary="Conditional U-Net of Stable Diffusion 1, 2, XL and the latent-diffusion originals.",
+            diffusers=("UNet2DConditionModel", "UNet2DModel"),
         )
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmkit.errors import ConfigError
+from ldmkit_unet.config import UNetConfig
 
 # Switches that no Stable Diffusion U-Net turns: what our U-Net is. None stands for "not given".
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -61,6 +62,7 @@ _READ = frozenset(
     }
 )
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+_PLAIN = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
@@ -74,6 +76,8 @@ def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: for unknown keys, and values that our U-Net cannot serve; all of them are named.
     """
     given = {key: value for key, value in values.items() if not key.startswith("_")}
+    if values.get("_class_name") == "UNet2DModel":
+        return _unconditional(given)
     _refuse_others(given)
     widths = given.get("block_out_channels", (320, 640, 1280, 1280))
     depths = given.get("transformer_layers_per_block", 1)
@@ -93,6 +97,107 @@ def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
         "guidance_dim": given.get("time_cond_proj_dim"),
         "freq_shift": float(given.get("freq_shift", 0)),
         "spatial_channels": max(given.get("in_channels", 4) - given.get("out_channels", 4), 0),
+    }
+
+
+def _unconditional(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`UNet2DModel`, whose attention blocks are plain and whose `attention_head_dim` is what its name says."""
+    fixed = {
+        **_FIXED,
+        "add_attention": (True, None),
+        "mid_block_type": ("UNetMidBlock2D", None),
+        "attn_norm_num_groups": (None,),
+    }
+    fixed |= {"downsample_type": ("conv", None), "upsample_type": ("conv", None), "num_train_timesteps": (None,)}
+    wrong = [
+        f"{key} = {value!r}"
+        for key, value in sorted(given.items())
+        if key not in _READ | _WITHOUT_EFFECT and not (key in fixed and value in fixed[key])
+    ]
+    if wrong:
+        raise ConfigError(f"diffusers UNet2DModel config: {'; '.join(wrong)} cannot be served")
+    widths = given.get("block_out_channels", (224, 448, 672, 896))
+    kinds = given.get("down_block_types", ("DownBlock2D",) + ("AttnDownBlock2D",) * 3)
+    ups = given.get("up_block_types", ("AttnUpBlock2D",) * 3 + ("UpBlock2D",))
+    attended = [_PLAIN.get(name) for name in kinds]
+    if None in attended or [_PLAIN.get(name) for name in ups] != attended[::-1] or len(attended) != len(widths):
+        raise ConfigError(
+            f"diffusers UNet2DModel config: blocks {list(kinds)} and {list(ups)} must mirror each other: {[*_PLAIN]}"
+        )
+    size = given.get("attention_head_dim", 8)
+    same = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "dropout", "flip_sin_to_cos")
+    return (
+        {"in_channels": 3, "out_channels": 3}
+        | {key: given[key] for key in same if key in given}
+        | {
+            "block_out_channels": widths,
+            "transformer_layers_per_block": [int(bool(has)) for has in attended],
+            "num_attention_heads": [1 if size is None else max(width // size, 1) for width in widths],
+            "attention_block": "plain",
+            "cross_attention_dim": None,
+            "num_class_embeds": given.get("num_class_embeds"),
+            "freq_shift": float(given.get("freq_shift", 0)),
+            "spatial_channels": max(given.get("in_channels", 3) - given.get("out_channels", 3), 0),
+        }
+    )
+
+
+def write_diffusers_config(config: UNetConfig) -> tuple[str, dict[str, Any]]:
+    """Our config => the class of diffusers and its `config.json`; what `convert_diffusers_config` reads.
+
+    Raises:
+        ConfigError: for a U-Net that diffusers cannot express.
+    """
+    attended = [depth > 0 for depth in config.transformer_layers_per_block]
+    same = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "dropout", "flip_sin_to_cos")
+    values = config.to_dict()
+    result = {key: values[key] for key in (*same, "block_out_channels", "num_class_embeds")}
+    result |= {"freq_shift": int(config.freq_shift), "downsample_padding": 1, "act_fn": "silu"}
+    if config.freq_shift != int(config.freq_shift):
+        raise ConfigError(f"freq_shift = {config.freq_shift}: diffusers has whole numbers only")
+    if config.attention_block == "plain":
+        return "UNet2DModel", result | _write_unconditional(config, attended)
+    if config.cross_attention_dim is None:
+        raise ConfigError("diffusers has no U-Net whose transformers have no cross-attention (cross_attention_dim = None)")
+    if (
+        attended[-1] and config.transformer_layers_per_block[-1] != config.mid_transformer_layers
+    ) or not config.mid_transformer_layers:
+        raise ConfigError(
+            f"mid_transformer_layers = {config.mid_transformer_layers}: in diffusers the middle has as many as the last level, "
+            f"{config.transformer_layers_per_block[-1]}, and not none"
+        )
+    depths = [depth or config.mid_transformer_layers for depth in config.transformer_layers_per_block]
+    result |= {
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attended],
+        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in attended[::-1]],
+        "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
+        "attention_head_dim": values["num_attention_heads"],
+        "cross_attention_dim": config.cross_attention_dim,
+        "only_cross_attention": values["only_cross_attention"],
+        "use_linear_projection": config.use_linear_projection,
+    }
+    if config.vector_dim is not None:
+        result |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
+        result["projection_class_embeddings_input_dim"] = config.vector_dim
+    return "UNet2DConditionModel", result
+
+
+def _write_unconditional(config: UNetConfig, attended: list[bool]) -> dict[str, Any]:
+    sizes = {
+        width // heads
+        for width, heads, has in zip(
+            config.block_out_channels, config.per_level(config.num_attention_heads), attended, strict=True
+        )
+        if has
+    }
+    if len(sizes) > 1 or not config.mid_transformer_layers:
+        raise ConfigError(
+            f"heads of {sorted(sizes)} channels, or no attention in the middle: diffusers' UNet2DModel has one size"
+        )
+    return {
+        "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attended],
+        "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in attended[::-1]],
+        "attention_head_dim": sizes.pop() if sizes else 8,
     }
 
 

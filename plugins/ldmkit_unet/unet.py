@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ldmkit import Condition, Denoiser
+from ldmkit.checkpoints.foreign import Configs, Reading, Written
 from ldmkit.errors import InputError
 from ldmkit.interfaces import PERTURBED
 from ldmkit.nn import (
@@ -24,6 +27,7 @@ from ldmkit.nn import (
 )
 from ldmkit_unet.blocks import DownBlock, MidBlock, UpBlock
 from ldmkit_unet.config import UNetConfig
+from ldmkit_unet.diffusers_config import convert_diffusers_config, write_diffusers_config
 
 KV_KEY = "unet.kv"
 """Where `prepare` keeps cross-attention's keys and values in `Condition.extra`: {layer path: (keys, values)}."""
@@ -117,6 +121,17 @@ class UNet(Denoiser):
         tokens_BLC = condition.tokens_BLC.to(self.conv_in.weight.dtype)
         cached = {layer.path: layer.keys_values(tokens_BLC) for layer in self._cross_attentions()}
         return dataclasses.replace(condition, extra={**condition.extra, KV_KEY: cached})
+
+    @classmethod
+    def from_diffusers(cls, configs: Configs, tokenizers: Mapping[str, Path]) -> Reading:
+        """See `ldmkit.checkpoints.foreign`. Raises: ConfigError."""
+        (values,) = configs.values()
+        return Reading(convert_diffusers_config(values))
+
+    def to_diffusers(self) -> dict[str, Written]:
+        """See `ldmkit.checkpoints.foreign`. Raises: ConfigError."""
+        class_name, values = write_diffusers_config(self.config)
+        return {"unet": Written("diffusers", class_name, values)}
 
     # ----------------------------------------------------------------------------------------------------------- inner parts
 

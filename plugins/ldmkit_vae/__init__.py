@@ -14,6 +14,7 @@ def ldmkit_components() -> Iterable[Component]:
             name="kl",
             target="ldmkit_vae.autoencoder:KLAutoencoder",
             summary="KL-regularised autoencoder of latent and Stable Diffusion.",
+            diffusers=("AutoencoderKL",),
         ),
         Component(
             kind="autoencoder",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from pydantic import Field, model_validator
@@ -11,8 +12,10 @@ from torch.func import functional_call
 
 import ldmkit
 from ldmkit import Autoencoder
+from ldmkit.checkpoints.foreign import Configs, Reading, Written
 from ldmkit.errors import InputError
 from ldmkit_vae.coder import Decoder, Encoder
+from ldmkit_vae.diffusers_config import convert_diffusers_config, write_diffusers_config
 from ldmkit_vae.posterior import DiagonalGaussian, Factor, from_final
 from ldmkit_vae.tiling import tiled
 
@@ -92,6 +95,16 @@ class KLAutoencoder(Autoencoder):
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if config.use_post_quant_conv else None
         self._tiling: tuple[int, int] | None = None
         self._slicing = False
+
+    @classmethod
+    def from_diffusers(cls, configs: Configs, tokenizers: Mapping[str, Path]) -> Reading:
+        """See `ldmkit.checkpoints.foreign`. Raises: ConfigError."""
+        (values,) = configs.values()
+        return Reading(convert_diffusers_config(values))
+
+    def to_diffusers(self) -> dict[str, Written]:
+        """See `ldmkit.checkpoints.foreign`. Raises: ConfigError."""
+        return {"vae": Written("diffusers", "AutoencoderKL", write_diffusers_config(self.config.to_dict()))}
 
     # ----------------------------------------------------------------------------------------------------------- the two ways
 

@@ -61,3 +61,21 @@ def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
     if shift is not None:
         result["shift_factor"] = shift
     return result
+
+
+def write_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of `KLAutoencoder.Config` => the `config.json` of an AutoencoderKL, which `convert_diffusers_config` reads.
+
+    Raises:
+        ConfigError: for factors per channel, which no pipeline of diffusers applies.
+    """
+    for key in ("scaling_factor", "shift_factor"):
+        if not isinstance(values[key], int | float):
+            raise ConfigError(f"{key} = {values[key]!r}: diffusers' AutoencoderKL has one number for all channels")
+    attention = values["attention_levels"] or [False] * len(values["block_out_channels"])
+    return {key: values[key] for key in _SAME} | {
+        "act_fn": "silu",
+        "down_block_types": ["AttnDownEncoderBlock2D" if has else "DownEncoderBlock2D" for has in attention],
+        "up_block_types": ["AttnUpDecoderBlock2D" if has else "UpDecoderBlock2D" for has in attention[::-1]],
+        "shift_factor": values["shift_factor"] or None,
+    }

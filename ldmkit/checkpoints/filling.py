@@ -1,0 +1,111 @@
+"""Modules without weights, and weights put into them: nothing is drawn at random first, and no tensor is copied twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from ldmkit.checkpoints.accounting import Accounting
+from ldmkit.errors import CheckpointError, InputError, InputTypeError
+
+DType = torch.dtype | Literal["auto"]
+M = TypeVar("M", bound=nn.Module)
+
+SHOWN_FROM = 2**30
+"""Bytes from which a progress bar is shown."""
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty`, which is how modules make weights, gives tensors without memory. Other tensors are made as ever."""
+
+    def __torch_function__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def skeleton(part_class: type[M], config: Any) -> M:
+    """A module whose weights have no memory yet; `fill` gives them some. The caller's random state is not spent.
+
+    A class that needs numbers of its weights while it is made, or keeps some outside its state dict, is made with all of them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with _EmptyOnMeta():
+                module = part_class(config)
+        except NotImplementedError:  # torch's answer to reading a number of a tensor that has none
+            return part_class(config)
+        stored = module.state_dict().keys()
+        if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in stored):
+            return part_class(config)
+    return module
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise InputTypeError unless it is a floating-point type or "auto"."""
+    if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputTypeError(f"dtype = {dtype!r}: must be a floating-point torch.dtype such as torch.bfloat16, or 'auto'")
+
+
+def fill(
+    module: M,
+    tensors: Mapping[str, Tensor],
+    accounting: Accounting,
+    *,
+    dtype: DType,
+    device: torch.device | str = "cpu",
+) -> M:
+    """Give a module its weights, in the wanted dtype and place, and put it in evaluation mode.
+
+    Raises:
+        ArchitectureMismatchError: with every key that does not fit.
+        CheckpointError: for weights that are NaN or infinite, or become so in `dtype`.
+    """
+    accounting.check()
+    wanted = _stored_dtype(tensors, accounting.source) if dtype == "auto" else dtype
+    own = module.state_dict(keep_vars=True)
+    parameters: dict[int, nn.Parameter] = {}
+    filled: dict[str, Tensor] = {}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with tqdm(total=size, unit="B", unit_scale=True, desc=accounting.model, disable=size < SHOWN_FROM) as bar:
+        for key, place in own.items():
+            if id(place) in parameters:  # tied to one before
+                filled[key] = parameters[id(place)]
+                continue
+            filled[key] = _converted(tensors[key], wanted, device, f"{accounting.source}: {accounting.mapped[key]}")
+            if isinstance(place, nn.Parameter):
+                filled[key] = parameters[id(place)] = nn.Parameter(filled[key], requires_grad=place.requires_grad)
+            bar.update(tensors[key].nbytes)
+    module.load_state_dict(filled, assign=True)
+    module.to(device=device, dtype=wanted)  # what the file does not hold: constants
+    return module.eval()
+
+
+def _converted(stored: Tensor, dtype: torch.dtype, device: torch.device | str, what: str) -> Tensor:
+    wanted = dtype if stored.is_floating_point() else stored.dtype
+    made = torch.empty(stored.shape, dtype=wanted, device=device)
+    made.copy_(stored)
+    if made.is_floating_point() and made.numel() and not _finite(made):
+        count = int((~torch.isfinite(stored.to(torch.float32))).sum())
+        why = f"{count} NaN or infinite values" if count else f"values that {wanted} cannot hold"
+        raise CheckpointError(f"{what} has {why}; " + ("the file is damaged" if count else "choose another dtype"))
+    return made
+
+
+def _finite(x: Tensor) -> bool:
+    """One pass: the smallest and the largest value show NaN and infinity."""
+    low, high = torch.aminmax(x)
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def _stored_dtype(tensors: Mapping[str, Tensor], source: str) -> torch.dtype:
+    stored = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(stored) > 1:
+        raise InputError(f"{source} stores several dtypes ({', '.join(sorted(map(str, stored)))}); name one with dtype=")
+    return stored.pop() if stored else torch.float32

@@ -1,0 +1,238 @@
+"""Folders in the diffusers layout, read and written: `model_index.json` and a folder for each component."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmkit.checkpoints.assembling import Source, assemble
+from ldmkit.checkpoints.compvis import clip_map
+from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
+from ldmkit.checkpoints.filling import DType, check_dtype
+from ldmkit.checkpoints.foreign import Written
+from ldmkit.checkpoints.keymap import KeyMap, Rule
+from ldmkit.checkpoints.schedulers import read_scheduler, write_scheduler
+from ldmkit.checkpoints.weights import read_weights, write_weights
+from ldmkit.errors import CheckpointError, ConfigError, InputError, OutputError
+from ldmkit.interfaces import Part
+from ldmkit.plugin.registry import registry
+
+INDEX = "model_index.json"
+STEMS = ("diffusion_pytorch_model", "model")
+COMPONENTS: Mapping[str, tuple[str, ...]] = {
+    "denoiser": ("unet",),
+    "autoencoder": ("vae", "vqvae"),
+    "conditioner": ("text_encoder", "text_encoder_2", "bert"),
+}
+"""The components that make up our parts."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+SKIPPED = {
+    "safety_checker": "it looks at finished pictures and has no part in making them",
+    "feature_extractor": "it prepares pictures for the safety checker",
+    "image_encoder": "it is for image prompts, which are no part of this pipeline",
+    "watermark": "it marks finished pictures",
+}
+"""Components that are left out, and why."""
+IGNORED = {r"(.*\.)?position_ids$": "a constant, 0 to 76, that old versions stored"}
+WEIGHT_FILES = tuple(f"{stem}{end}" for stem in STEMS for end in (".safetensors.index.json", ".safetensors", "-*.safetensors"))
+_LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names of the autoencoder's attention in files from before diffusers 0.15."""
+
+
+def is_diffusers_folder(folder: Path) -> bool:
+    """Whether it holds a `model_index.json`."""
+    return (folder / INDEX).is_file()
+
+
+def read_folder(
+    folder: Path,
+    *,
+    dtype: DType,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    strict: bool = True,
+    without: Collection[str] = (),
+) -> dict[str, Any]:
+    """The arguments that make a `Pipeline` of a folder; with them, as "accounting", that of each part.
+
+    Args:
+        variant: "fp16" reads `*.fp16.safetensors`.
+        strict: whether keys that a part does not have are an error; else they are left out with a warning.
+        without: parts, and components with no part in this pipeline, that are not wanted.
+
+    Raises:
+        CheckpointError, ArchitectureMismatchError: for files that are missing, damaged or do not fit.
+        ConfigError, UnknownPartError: for components or settings that cannot be served, by name.
+    """
+    check_dtype(dtype)
+    present = _components(folder, without)
+    arguments: dict[str, Any] = {"accounting": {}, "conditioner": None}
+    tokenizers = {name: folder / name for name in TOKENIZERS if name in present}
+    for kind, names in COMPONENTS.items():
+        sources = {
+            name: _source(folder / name, present[name], variant) for name in names if name in present and kind not in without
+        }
+        if sources:
+            part, accounting = assemble(kind, sources, tokenizers, dtype=dtype, device=device, strict=strict)
+            arguments[kind], arguments["accounting"][kind] = part, accounting
+    if "scheduler" in present and not {"sampler", "schedule", "prediction"} <= set(without):
+        arguments |= read_scheduler(_object(folder / "scheduler" / "scheduler_config.json"))
+    unet = _object(folder / "unet" / "config.json") if "unet" in present else {}
+    arguments["defaults"] = _defaults(unet, arguments.get("autoencoder"))
+    return arguments
+
+
+def _components(folder: Path, without: Collection[str]) -> dict[str, str]:
+    """Name and class of the components to read. Raises: ConfigError for those whose purpose is not known."""
+    index = _object(folder / INDEX)
+    given = {
+        name: value
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value != [None, None]
+    }
+    wanted = {name for names in COMPONENTS.values() for name in names} | {*TOKENIZERS, "scheduler"}
+    unknown = [name for name in given if name not in wanted | SKIPPED.keys() | set(without)]
+    if unknown:
+        raise ConfigError(
+            f"{folder / INDEX}: component {', '.join(map(repr, unknown))} is none that is known here; "
+            f"from_pretrained(..., {unknown[0]}=None) loads the rest without it"
+        )
+    odd = [name for name, value in given.items() if name in wanted and not all(isinstance(item, str) for item in value)]
+    if odd:
+        raise CheckpointError(f"{folder / INDEX}: {odd[0]} = {given[odd[0]]!r} must be the names of a library and a class")
+    return {name: value[1] for name, value in given.items() if name in wanted}
+
+
+def _source(folder: Path, class_name: str, variant: str | None) -> Source:
+    config = _object(folder / "config.json")
+    stems = [stem for stem in STEMS if any(folder.glob(f"{stem}*.safetensors*"))]
+    if not stems:
+        pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
+        raise CheckpointError(
+            f"{folder} holds no safetensors file"
+            + (
+                f", only {', '.join(pickles)}; pickles can run code and are not read from folders: convert it"
+                if pickles
+                else ""
+            )
+        )
+    tensors = read_weights(folder, stem=stems[0], variant=variant)
+    return Source(class_name, config, tensors, str(folder), _names(class_name, tensors), IGNORED)
+
+
+def _names(class_name: str, tensors: Mapping[str, Tensor]) -> KeyMap:
+    """Older names in a file <-> the layout's."""
+    if class_name.startswith("CLIPText"):
+        return clip_map(nested=any(key.startswith("text_model.") for key in tensors))
+    paths = {match[1]: match[2] for key in tensors if (match := re.match(r"((?:.*\.)?attentions\.\d+\.(\w+))\.", key))}
+    legacy = [Rule(path, path[: -len(old)] + _LEGACY[old], axes=2) for path, old in paths.items() if old in _LEGACY]
+    return KeyMap([Rule("", ""), *legacy])
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")
+    return value
+
+
+def _defaults(unet: Mapping[str, Any], autoencoder: Any) -> dict[str, Any]:
+    """Sizes as diffusers has them, and its pipelines' guidance."""
+    size = unet.get("sample_size")
+    factor = getattr(autoencoder, "downscale", None)
+    pixels = size * factor if isinstance(size, int) and factor else None
+    xl = unet.get("addition_embed_type") == "text_time"
+    return {"height": pixels, "width": pixels, "guidance_scale": 5.0 if xl else 7.5}
+
+
+# ----------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_folder(
+    folder: Path, parts: Mapping[str, Part | None], settings: Mapping[str, Any], *, max_shard_size: int | None = None
+) -> Path:
+    """Write a pipeline's parts (by kind) and settings (by name) so that diffusers loads them.
+
+    Raises:
+        ConfigError: naming what diffusers has no counterpart for, before anything is written.
+        OutputError: where the folder cannot be written.
+    """
+    written: dict[str, tuple[Written, Part]] = {}
+    for kind in COMPONENTS:
+        part = parts.get(kind)
+        if part is None:
+            continue
+        if not hasattr(part, "to_diffusers"):
+            raise ConfigError(f"the {kind} {type(part).__name__} has no counterpart in diffusers; save in our own format")
+        written |= {name: (component, part) for name, component in part.to_diffusers().items()}
+    scheduler, pipeline_class = _scheduler(parts["sampler"], settings), _pipeline_class(parts, written)
+    height, downscale = settings["defaults"].height, getattr(parts["autoencoder"], "downscale", 1)
+    sample_size = None if height is None else height // downscale
+    with atomic_folder(folder, stale=WEIGHT_FILES) as temporary:
+        for name, (component, part) in written.items():
+            (temporary / name).mkdir()
+            _write_component(temporary / name, component, part, max_shard_size, sample_size)
+        (temporary / "scheduler").mkdir()
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        index: dict[str, Any] = {"_class_name": pipeline_class, "_diffusers_version": "0.35.0"}
+        index |= {name: [component.library, component.class_name] for name, (component, _) in written.items()}
+        index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+        if "text_encoder" in written and "text_encoder_2" not in written:
+            index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        write_json(temporary / INDEX, index)
+    return folder
+
+
+def _scheduler(sampler: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    component, _ = registry().component_of(type(sampler))
+    defaults = type(sampler.config)().to_dict()
+    schedule, prediction = settings["schedule"].to_dict(), settings["prediction"].to_dict()
+    return write_scheduler(component.name, sampler.config.to_dict(), defaults, schedule, prediction)
+
+
+def _write_component(folder: Path, component: Written, part: Any, limit: int | None, sample_size: int | None) -> None:
+    for file, content in component.files.items():
+        try:
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / file)
+            else:
+                (folder / file).write_bytes(content)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder / file}: {error.strerror or error}") from error
+    if component.config is None:
+        return
+    config = dict(component.config)
+    if component.library == "diffusers":
+        config = {"_class_name": component.class_name, **config}
+        if folder.name == "unet":
+            config["sample_size"] = sample_size
+    write_json(folder / "config.json", config)
+    assert isinstance(part, nn.Module)
+    own = {key: tensor for key, tensor in part.state_dict().items() if component.names.source(key) is not None}
+    write_weights(folder, component.names.restore(own), max_shard_size=limit, stem=STEMS[component.library == "transformers"])
+
+
+def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any]) -> str:
+    """The pipeline of diffusers that serves these components. Raises: InputError where there is none."""
+    encoders = tuple(name for name in COMPONENTS["conditioner"] if name in written)
+    extra = getattr(parts["denoiser"].config, "spatial_channels", 0)
+    known = {
+        (("text_encoder",), 0): "StableDiffusionPipeline",
+        (("text_encoder",), 5): "StableDiffusionInpaintPipeline",
+        (("text_encoder",), 3): "StableDiffusionUpscalePipeline",
+        (("text_encoder", "text_encoder_2"), 0): "StableDiffusionXLPipeline",
+        (("text_encoder", "text_encoder_2"), 5): "StableDiffusionXLInpaintPipeline",
+        (("text_encoder_2",), 0): "StableDiffusionXLImg2ImgPipeline",
+    }
+    if (encoders, extra) not in known:
+        raise InputError(
+            f"diffusers has no pipeline for the text encoders {list(encoders)} and {extra} channels beside the latents; "
+            "save in our own format"
+        )
+    return known[encoders, extra]
