@@ -19,6 +19,7 @@ from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.folders import write_folder
 from ldmkit.checkpoints.parts import DType
 from ldmkit.checkpoints.pipelines import read_pipeline, write_pipeline
+from ldmkit.checkpoints.single_file import read_single_file
 from ldmkit.config import Config
 from ldmkit.conjunction import And
 from ldmkit.continuous import make_schedule
@@ -220,17 +221,52 @@ class Pipeline:
             UnknownPartError: when it is neither a folder nor a registered name.
             InputTypeError: for an argument that there is not, or a dtype that is none.
         """
-        known = [name for name in signature(cls.__init__).parameters if name != "self"]
-        for name, part in parts.items():
-            if name not in known and part is not None:
-                close = get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-                raise InputTypeError(f"from_pretrained has no argument {name!r}; {hint}")
-        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-            raise InputError(f"dtype = {dtype} and torch_dtype = {torch_dtype} differ; give one of them")
-        wanted = dtype or torch_dtype or torch.float32
+        known = _check_parts(cls, "from_pretrained", parts)
+        wanted = _wanted_dtype(dtype, torch_dtype)
         read = read_pipeline(name_or_folder, dtype=wanted, device=device, variant=variant, strict=strict, without=parts)
         accounting = read.pop("accounting", {})
+        pipe = cls(**{**read, **{name: part for name, part in parts.items() if name in known}})
+        pipe.accounting = accounting
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        file: str | Path,
+        config: str | Path | Mapping[str, Any] | None = None,
+        tokenizer: str | Path | None = None,
+        *,
+        dtype: DType | None = None,
+        torch_dtype: DType | None = None,
+        device: torch.device | str = "cpu",
+        allow_pickle: bool = False,
+        ema: bool = False,
+        strict: bool = True,
+        **parts: PartLike,
+    ) -> Self:
+        """Load a file in the layout of CompVis or Stability; the architecture is recognised by keys and shapes, offline.
+
+        Args:
+            file: a `.safetensors` file, or a `.ckpt`.
+            config: what the file cannot tell, or tells otherwise: a folder in the diffusers layout (its `config.json`s and
+                `scheduler_config.json` are read), or their values by component, `{"unet": {"attention_head_dim": 8}}`.
+            tokenizer: the folder of CLIP's vocabulary; not given, it is looked for beside the file, in the Hugging Face cache
+                and in an installed open_clip.
+            dtype, torch_dtype, device: as for `from_pretrained`.
+            allow_pickle: read a `.ckpt`, by torch's unpickler for tensors alone, which runs no code of the file.
+            ema: take the U-Net's averaged weights, where the file has them, instead of its last ones.
+            strict: whether keys that nothing is known of are an error; else they are left out with a warning.
+            parts: replacements, as for the constructor; Stable Diffusion 2 needs `prediction`, which its files do not tell.
+
+        Raises:
+            CheckpointError, ArchitectureMismatchError: for a file that is missing, damaged, a pickle, or not recognised.
+            InputError, ConfigError: where something must be said that the file does not tell.
+        """
+        known = _check_parts(cls, "from_single_file", parts)
+        wanted = _wanted_dtype(dtype, torch_dtype)
+        options: dict[str, Any] = {"allow_pickle": allow_pickle, "ema": ema, "strict": strict, "given": parts}
+        read = read_single_file(Path(file), dtype=wanted, device=device, config=config, tokenizer=tokenizer, **options)
+        accounting = read.pop("accounting")
         pipe = cls(**{**read, **{name: part for name, part in parts.items() if name in known}})
         pipe.accounting = accounting
         return pipe
@@ -409,6 +445,23 @@ class Pipeline:
                     state = dataclasses.replace(state, x=_changed_latents(callback(self, step, level.t, tensors), tensors))
                 bar.update()
         return state
+
+
+def _check_parts(cls: type[Pipeline], method: str, parts: Mapping[str, Any]) -> list[str]:
+    """The constructor's arguments. Raises: InputTypeError for one that there is not (None is how a component is left out)."""
+    known = [name for name in signature(cls.__init__).parameters if name != "self"]
+    for name, part in parts.items():
+        if name not in known and part is not None:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            raise InputTypeError(f"{method} has no argument {name!r}; {hint}")
+    return known
+
+
+def _wanted_dtype(dtype: DType | None, torch_dtype: DType | None) -> DType:
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise InputError(f"dtype = {dtype} and torch_dtype = {torch_dtype} differ; give one of them")
+    return dtype or torch_dtype or torch.float32
 
 
 def _config(cls: type[C], value: C | Mapping[str, Any] | None) -> C | None:

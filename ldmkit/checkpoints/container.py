@@ -84,8 +84,7 @@ class SafetensorsFile:
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if self._bytes is None:
-            storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self._size)  # type: ignore[no-untyped-call]
-            self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self._bytes = torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
         begin = self._begin + entry.start
         part = self._bytes[begin : self._begin + entry.end]
         if begin % entry.dtype.itemsize:

@@ -190,7 +190,7 @@ def write_folder(
 
 
 def _scheduler(sampler: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    component, _ = registry().component_of(type(sampler))
+    _, component = registry().offer_of(type(sampler))
     defaults = type(sampler.config)().to_dict()
     schedule, prediction = settings["schedule"].to_dict(), settings["prediction"].to_dict()
     return write_scheduler(component.name, sampler.config.to_dict(), defaults, schedule, prediction)

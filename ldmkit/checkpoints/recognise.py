@@ -239,7 +239,8 @@ def _clip(shapes: Shapes, place: str) -> Found:
     own = _below(shapes, "text_model") if nested else shapes
     layers = _count(own, r"encoder\.layers\.(\d+)\.")
     config = _clip_config(own, "embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight", layers)
-    config |= {"hidden_act": "quick_gelu", "max_position_embeddings": _positions(own, "embeddings.position_embedding.weight")}
+    config |= {"hidden_act": "quick_gelu", "pad_token": "<|endoftext|>"}
+    config |= {"max_position_embeddings": _positions(own, "embeddings.position_embedding.weight")}
     return Found("text_encoder", "CLIPTextModel", config, clip_map(nested=nested).prefixed(place))
 
 
@@ -247,7 +248,8 @@ def _open_clip(shapes: Shapes, place: str) -> Found:
     """SD2's, whose last layer is not used and which has no pooled output; or SDXL's."""
     layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
     config = _clip_config(shapes, "token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.weight", layers)
-    config |= {"hidden_act": "gelu", "max_position_embeddings": _positions(shapes, "positional_embedding")}
+    config |= {"hidden_act": "gelu", "pad_token": "!"}
+    config |= {"max_position_embeddings": _positions(shapes, "positional_embedding")}
     if place.startswith("conditioner."):
         config["projection_dim"] = _shape(shapes, "text_projection", "the OpenCLIP text encoder")[1]
         keymap = open_clip_map(layers=layers).prefixed(place)

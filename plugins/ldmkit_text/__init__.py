@@ -27,5 +27,6 @@ def ldmkit_components() -> Iterable[Component]:
             name="class-label",
             target="ldmkit_text.class_label:ClassLabelConditioner",
             summary="Class labels, as one learned token or as plain labels.",
+            diffusers=("ClassEmbedder",),
         ),
     ]

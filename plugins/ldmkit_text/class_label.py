@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -11,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 import ldmkit.config
+from ldmkit.checkpoints.foreign import Configs, Reading
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.interfaces import Condition, Conditioner
 
@@ -58,6 +60,12 @@ class ClassLabelConditioner(Conditioner):
         self.register_buffer("_device_marker", torch.empty(0), persistent=False)
         if config.mode == "tokens":
             self.embedding = nn.Embedding(config.num_classes + 1, config.hidden_size)
+
+    @classmethod
+    def from_diffusers(cls, configs: Configs, tokenizers: Mapping[str, Path]) -> Reading:
+        """The table of the latent-diffusion originals; see `ldmkit.checkpoints.foreign`. Raises: ConfigError."""
+        (values,) = configs.values()
+        return Reading({"num_classes": values["num_classes"] - 1, "hidden_size": values["embed_dim"]})
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Raise InputTypeError or InputError for an input that is no class."""

@@ -17,6 +17,7 @@ from ldmkit.checkpoints.foreign import Configs, Reading, Written
 from ldmkit.config import AssetPath
 from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError
 from ldmkit.interfaces import Condition, Conditioner
+from ldmkit_text.packed import read_packed
 from ldmkit_text.prompts import PromptEncoder, check_prompts
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -62,7 +63,8 @@ class CLIPTextConditioner(Conditioner):
         """Architecture as in transformers' `CLIPTextConfig`, and what is taken from it. The defaults are CLIP-L's.
 
         Attributes:
-            vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`; or `tokenizer.json`, which holds both.
+            vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`; or one file that holds both:
+                `tokenizer.json`, or `bpe_simple_vocab_16e6.txt.gz` as open_clip ships it.
             vocab_size: rows of the embedding table; None = the entries of `vocab`.
             projection_dim: width of the pooled vector's projection; None = there is none.
             eos_token_id: where the pooled vector is taken: the first such token; None = <|endoftext|>; 2 = the highest id, as
@@ -182,7 +184,8 @@ class CLIPTextConditioner(Conditioner):
             raise CheckpointError(
                 f"{name} has no tokenizer beside it, and prompts cannot be read without; pass conditioner=..."
             )
-        return Reading(clip_values(configs[name], tokenizers["tokenizer"], projected=False, source=f"the config of {name}"))
+        values = clip_values(configs[name], tokenizers["tokenizer"], projected=False, source=f"the config of {name}")
+        return Reading(values)
 
     def to_diffusers(self) -> Mapping[str, Written]:
         """See `ldmkit.checkpoints.foreign`. Raises: ConfigError where Stable Diffusion 1 and 2 would take other tokens."""
@@ -197,9 +200,8 @@ class CLIPTextConditioner(Conditioner):
         values = self._clip[0].config.to_diff_dict()
         values |= {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": config.hidden_act}
         merges = None if config.merges is None else Path(config.merges)
-        files = clip_tokenizer_files(
-            Path(config.vocab), merges, pad_token=config.pad_token, length=config.max_position_embeddings
-        )
+        length = config.max_position_embeddings
+        files = clip_tokenizer_files(Path(config.vocab), merges, pad_token=config.pad_token, length=length)
         return {
             "text_encoder": Written("transformers", "CLIPTextModel", values, clip_map()),
             "tokenizer": Written("transformers", "CLIPTokenizer", files=files),
@@ -227,6 +229,8 @@ class CLIPTextConditioner(Conditioner):
 
 def _read_vocab(config: CLIPTextConditioner.Config) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary, piece => id, and the merges, best first. Raises: CheckpointError, ConfigError."""
+    if config.merges is None and config.vocab.endswith(".gz"):
+        return read_packed(Path(config.vocab))
     content = read_json(Path(config.vocab))
     vocab, lines = _parts_of_tokenizer(content, config.vocab) if config.merges is None else (content, None)
     if not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.weights import load_weights, read_weights
 from ldmkit.errors import CheckpointError, ConfigError
+from ldmkit_text.packed import PACKED, read_packed
 
 BERT_IGNORED = {
     "pooler.": "the pooled vector is for classification; conditioning uses the last hidden states",
@@ -22,6 +23,8 @@ CLIP_IGNORED = {
     "embeddings.position_ids": "a constant, 0 to max_position_embeddings - 1, that old versions stored",
 }
 """Keys (or beginnings of keys) of a pretrained file that are left out, and why."""
+
+WHOLE = "tokenizer.json"
 
 BERT_COPIED = (
     "vocab_size",
@@ -77,16 +80,18 @@ def clip_values(given: Any, tokenizer: Path, *, projected: bool, source: str) ->
 
     Args:
         projected: whether the model has a text_projection.
+
+    A "pad_token" in the config, which only configs of recognised single files have, goes before the tokenizer's own.
     """
     values = _values(given, CLIP_COPIED, CLIP_FIXED, source)
     if projected:
         values["projection_dim"] = given.get("projection_dim", 512)
-    whole = tokenizer / "tokenizer.json"
-    if whole.exists() and not (tokenizer / "vocab.json").exists():
-        values |= {"vocab": str(whole)}
+    alone = next((file for name in (WHOLE, PACKED) if (file := tokenizer / name).exists()), None)
+    if alone is not None and not (tokenizer / "vocab.json").exists():
+        values |= {"vocab": str(alone)}
     else:
         values |= {"vocab": str(tokenizer / "vocab.json"), "merges": str(tokenizer / "merges.txt")}
-    return {**values, "pad_token": _pad_token(tokenizer)}
+    return {**values, "pad_token": given.get("pad_token", _pad_token(tokenizer))}
 
 
 def clip_tokenizer_files(vocab: Path, merges: Path | None, *, pad_token: str, length: int) -> dict[str, Path | bytes]:
@@ -100,9 +105,14 @@ def clip_tokenizer_files(vocab: Path, merges: Path | None, *, pad_token: str, le
         "model_max_length": length,
     }
     special = {key: settings[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    files: dict[str, Path | bytes] = (
-        {"tokenizer.json": vocab} if merges is None else {"vocab.json": vocab, "merges.txt": merges}
-    )
+    if merges is not None:
+        files: dict[str, Path | bytes] = {"vocab.json": vocab, "merges.txt": merges}
+    elif vocab.name.endswith(".gz"):
+        pieces, pairs = read_packed(vocab)
+        files = {"vocab.json": json.dumps(pieces, ensure_ascii=False).encode()}
+        files["merges.txt"] = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs), ""]).encode()
+    else:
+        files = {WHOLE: vocab}
     return {
         **files,
         "tokenizer_config.json": json.dumps(settings, indent=2).encode(),
