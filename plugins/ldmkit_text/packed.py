@@ -9,7 +9,7 @@ from ldmkit.errors import CheckpointError
 
 PACKED = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2
-"""So many of the list's lines are used, as in OpenAI's `simple_tokenizer.py`; 512 single bytes and two special tokens join them."""
+"""So many of the lines are used, as in OpenAI's `simple_tokenizer.py`; 512 single bytes and two special tokens join them."""
 LONGEST = 10_000_000
 """Bytes, unpacked; the published file has a third of it."""
 
