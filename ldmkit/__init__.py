@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from ldmkit.plugin.spec import hookimpl as hookimpl
     from ldmkit.prediction import Model as Model
     from ldmkit.prediction import Prediction as Prediction
+    from ldmkit.runs import RunState as RunState
+    from ldmkit.runs import Trajectory as Trajectory
     from ldmkit.schedule import NoiseSchedule as NoiseSchedule
     from ldmkit.schedule import Schedule as Schedule
     from ldmkit.spacing import spaced_ratios as spaced_ratios
@@ -85,6 +87,7 @@ _HOMES = {
     "ldmkit.plugin.registry": "available build part_class registry",
     "ldmkit.plugin.spec": "Component Kernel hookimpl",
     "ldmkit.prediction": "Model Prediction",
+    "ldmkit.runs": "RunState Trajectory",
     "ldmkit.schedule": "NoiseSchedule Schedule",
     "ldmkit.spacing": "spaced_ratios",
 }

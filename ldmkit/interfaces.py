@@ -507,6 +507,7 @@ class SamplerState:
         history: whatever a multistep method carries on; nested tuples of tensors and floats.
         denoised: the latest x0 estimate (for previews and callbacks), None before the first step.
         drawn: what the last step drew, in order; x itself is the last entry (before any blending). See `Sampler.log_prob_B`.
+        laws: what each of these was drawn from.
     """
 
     x: Tensor
@@ -515,6 +516,7 @@ class SamplerState:
     history: tuple[Any, ...] = ()
     denoised: Tensor | None = None
     drawn: tuple[Tensor, ...] = ()
+    laws: tuple[Transition, ...] = ()
 
     @property
     def done(self) -> bool:
@@ -532,10 +534,17 @@ class SamplerState:
         return self.levels[self.step + 1]
 
     def advance(
-        self, x: Tensor, *, denoised: Tensor | None, history: tuple[Any, ...] = (), drawn: tuple[Tensor, ...] = ()
+        self,
+        x: Tensor,
+        *,
+        denoised: Tensor | None,
+        history: tuple[Any, ...] = (),
+        drawn: tuple[Tensor, ...] = (),
+        laws: tuple[Transition, ...] = (),
     ) -> SamplerState:
         """The state after one step."""
-        return dataclasses.replace(self, x=x, step=self.step + 1, denoised=denoised, history=history, drawn=drawn or (x,))
+        step, drawn = self.step + 1, drawn or (x,)
+        return dataclasses.replace(self, x=x, step=step, denoised=denoised, history=history, drawn=drawn, laws=laws)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -606,12 +615,14 @@ class Sampler(Part):
 
     def step(self, denoise: Denoise, state: SamplerState, noise: Noise) -> SamplerState:
         """One step: a draw from the transition, or several in a row."""
-        law, drawn = self.transition(denoise, state), []
-        while law.then is not None:
-            drawn.append(law.sample(noise))
-            law = law.then(drawn[-1])
-        x = law.sample(noise)
-        return state.advance(x, denoised=law.denoised, history=law.history, drawn=(*drawn, x))
+        laws, drawn = [self.transition(denoise, state)], []
+        while True:
+            drawn.append(laws[-1].sample(noise))
+            if laws[-1].then is None:
+                break
+            laws.append(laws[-1].then(drawn[-1]))
+        last = laws[-1]
+        return state.advance(drawn[-1], denoised=last.denoised, history=last.history, drawn=tuple(drawn), laws=tuple(laws))
 
     def log_prob_B(self, denoise: Denoise, state: SamplerState, drawn: Sequence[Tensor]) -> Tensor:
         """log density of what a step from `state` drew (`SamplerState.drawn` after it), (B,) nats; 0 for what it does not draw.

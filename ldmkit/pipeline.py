@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast, get_args
@@ -31,6 +32,7 @@ from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Deno
 from ldmkit.noise import NoiseSource, StepNoise
 from ldmkit.plugin.registry import build
 from ldmkit.prediction import Model, Prediction
+from ldmkit.runs import RunState, Trajectory, describe, rejoin, resumed
 from ldmkit.schedule import Schedule
 from ldmkit.tasks import Run, Task, like_weights, prepare_task
 
@@ -39,8 +41,10 @@ C = TypeVar("C", bound=Config)
 PartLike = Any
 """An instance of a part, a registered name, or a mapping {"name": ..., **config}."""
 
-Callback = Callable[["Pipeline", int, float, dict[str, Tensor]], Mapping[str, Tensor] | None]
-"""Called after each step with (pipe, step, timestep, {"latents": ..., "denoised": ...}); may return {"latents": changed}."""
+Callback = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+"""Called after each step with (pipe, step, timestep, {"latents": ..., "denoised": ..., "state": a RunState}). May return
+{"latents": changed} and {"stop": True}: the run then ends after this step, its pictures are decoded from the estimate
+"denoised", and its output's `state` is where `resume=` goes on."""
 
 
 OVERFLOW = "in float16 this is usually an overflow: try dtype=torch.bfloat16 or float32"
@@ -63,10 +67,14 @@ class PipelineOutput:
     Attributes:
         images: a list of PIL images, an array (B, H, W, C), a tensor (B, C, H, W), or final latents, by `output_type`.
         seed: the seed of the run's keyed noise (one for all images, or one each); None where a generator was given.
+        state: where the run stands, for `resume=`; finished unless a callback stopped it.
+        trajectory: the way it took, if asked for.
     """
 
     images: Any
     seed: int | list[int] | None
+    state: RunState
+    trajectory: Trajectory | None = None
 
 
 class Pipeline:
@@ -308,6 +316,8 @@ class Pipeline:
         negative_prompt_embeds: Tensor | Condition | None = None,
         clip_skip: int | None = None,
         output_type: OutputType = "pil",
+        return_trajectory: bool = False,
+        resume: RunState | str | Path | None = None,
         callback_on_step_end: Callback | None = None,
         progress: bool | None = None,
     ) -> PipelineOutput:
@@ -337,7 +347,10 @@ class Pipeline:
             prompt_embeds, negative_prompt_embeds: conditions made before, tensors (B, L, C) or `Condition`s.
             clip_skip: for conditioners that take it.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent".
-            callback_on_step_end: see `Callback`.
+            return_trajectory: keep every step and its probability, as `trajectory` of the output.
+            resume: go on from the `state` of an output or callback, or from a file it was saved to; noise is the saved run's,
+                and the other arguments are to be those it was begun with.
+            callback_on_step_end: see `Callback`; it may change the latents, and stop the run.
             progress: show a progress bar (default: as set by `set_progress_bar_config`).
 
         Raises:
@@ -380,6 +393,9 @@ class Pipeline:
             sampler, self.schedule, num_inference_steps, timesteps, sigmas, default=given.num_inference_steps
         )
         self.prediction.check(levels)
+        earlier = resumed(resume, seed=seed, first_image=first_image, generator=generator, sampler=sampler)
+        if earlier is not None:
+            seed, first_image = earlier.seed, earlier.first_image
         noise, used_seed = arguments.noise_source(
             seed, generator, count=count, first_image=first_image, device=self.device, dtype=self.dtype
         )
@@ -408,43 +424,63 @@ class Pipeline:
         weights = [torch.tensor(share, dtype=dtype, device=self.device).repeat_interleave(copies) for share in shares]
         away = conditioned(negative) if negative is not None and has_negative_share(guidance.scale, weights) else None
         model = Model(self.denoiser, self.prediction)
-        denoise = guidance.closure(model, [conditioned(term) for term in terms], weights, away)
+        guided = partial(guidance.closure, model, [conditioned(term) for term in terms], weights, away)
         state = sampler.init(task.noise, task.levels, start=task.start)
-        state = self._run(sampler, denoise, state, task, noise, callback_on_step_end, progress)
-        if output_type == "latent":
-            return PipelineOutput(images=state.x, seed=used_seed)
-        pixels = self.autoencoder.decode(like_weights(state.x, self.autoencoder))
-        _finite(pixels, "the autoencoder", "decoding")
-        return PipelineOutput(images=from_pixels(pixels, output_type), seed=used_seed)
+        state = state if earlier is None else rejoin(earlier, state)
+        begun = RunState(state, used_seed, first_image, describe(sampler))
+        states = self._run(sampler, guided(), begun, task, noise, callback_on_step_end, progress, keep=return_trajectory)
+        state = states[-1]
+        images: Any = state.x if state.done else cast(Tensor, state.denoised)
+        if output_type != "latent":
+            pixels = self.autoencoder.decode(like_weights(images, self.autoencoder))
+            _finite(pixels, "the autoencoder", "decoding")
+            images = from_pixels(pixels, output_type)
+        left = dataclasses.replace(begun, state=dataclasses.replace(state, drawn=(), laws=()))
+        way = Trajectory(tuple(states), sampler, guided) if return_trajectory else None
+        return PipelineOutput(images=images, seed=used_seed, state=left, trajectory=way)
 
     def _run(
         self,
         sampler: Sampler,
         denoise: Denoise,
-        state: SamplerState,
+        begun: RunState,
         task: Task,
         noise: NoiseSource,
         callback: Callback | None,
         progress: bool | None,
-    ) -> SamplerState:
-        """The sampling loop: step, blend (inpainting), check, call back, until the last level."""
-        options = {"total": state.levels.num_steps, "unit": "step", **self._progress}
+        *,
+        keep: bool,
+    ) -> list[SamplerState]:
+        """The sampling loop: step, blend (inpainting), check, call back, until the last level or a callback's word.
+
+        Returns:
+            The last state, or with `keep` all of them.
+        """
+        state = begun.state
+        first, states, stop = state.step, [state], False
+        options = {"total": state.levels.num_steps, "initial": first, "unit": "step", **self._progress}
         if progress is not None:
             options["disable"] = not progress
         healthy: list[Tensor] = []
         with tqdm(**options) as bar:
-            while not state.done:
+            while not (state.done or stop):
                 step, level = state.step, state.level
                 state = sampler.step(denoise, state, StepNoise(noise, step, state.x))
                 state = task.blend(state)
                 healthy.append(torch.isfinite(state.x).all())
                 if state.done or state.x.device.type == "cpu":  # elsewhere, looking at a number would wait for the device
-                    _check_steps(healthy, self.denoiser, state.levels.num_steps)
+                    _check_steps(healthy, self.denoiser, first, state.levels.num_steps)
                 if callback is not None:
-                    tensors = {"latents": state.x, "denoised": cast(Tensor, state.denoised)}
-                    state = dataclasses.replace(state, x=_changed_latents(callback(self, step, level.t, tensors), tensors))
+                    now = dataclasses.replace(begun, state=dataclasses.replace(state, drawn=(), laws=()))
+                    tensors = {"latents": state.x, "denoised": state.denoised, "state": now}
+                    latents, stop = _answer(callback(self, step, level.t, tensors), tensors)
+                    state = dataclasses.replace(state, x=latents)
+                if not keep:
+                    states.clear()
+                states.append(state)
                 bar.update()
-        return state
+        _check_steps(healthy, self.denoiser, first, state.levels.num_steps)
+        return states
 
 
 def _check_parts(cls: type[Pipeline], method: str, parts: Mapping[str, Any]) -> list[str]:
@@ -481,23 +517,27 @@ def _part(kind: str, value: PartLike, base: type) -> Any:
     return value
 
 
-def _changed_latents(answer: Any, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The latents to go on with, from what a callback answers. Raises: InputTypeError, InputError for what it must not."""
+def _answer(answer: Any, tensors: Mapping[str, Any]) -> tuple[Tensor, bool]:
+    """The latents to go on with, and whether to stop, as a callback says. Raises: InputTypeError, InputError."""
     if answer is None:
-        return tensors["latents"]
+        return tensors["latents"], False
     if not isinstance(answer, Mapping):
         raise InputTypeError(f"callback_on_step_end must return None or a mapping like {{'latents': ...}}, got {answer!r}")
-    if unknown := sorted(set(answer) - set(tensors)):
-        raise InputError(f"callback_on_step_end returned {', '.join(map(repr, unknown))}; only 'latents' can be changed")
+    changed = {name: value for name, value in answer.items() if value is not tensors.get(name)}
+    if unknown := sorted(set(changed) - {"latents", "stop"}):
+        shown = ", ".join(map(repr, unknown))
+        raise InputError(f"callback_on_step_end returned {shown}; only 'latents' can be changed, and 'stop' said")
+    if not isinstance(stop := answer.get("stop", False), bool):
+        raise InputTypeError(f"callback_on_step_end returned 'stop' = {stop!r}; it must be True or False")
     latents: Tensor = answer.get("latents", tensors["latents"])
     shape, wanted = tuple(latents.shape), tuple(tensors["latents"].shape)
     if shape != wanted:
         raise InputError(f"callback_on_step_end returned latents of shape {shape}; they were {wanted}")
-    return latents
+    return latents, stop
 
 
-def _check_steps(healthy: list[Tensor], denoiser: Denoiser, steps: int) -> None:
-    bad = [k for k, good in enumerate(torch.stack(healthy).tolist(), start=1) if not good]
+def _check_steps(healthy: list[Tensor], denoiser: Denoiser, first: int, steps: int) -> None:
+    bad = [k for k, good in enumerate(torch.stack(healthy).tolist(), start=first + 1) if not good]
     if bad:
         name = type(denoiser).__name__
         raise NumericalError(f"the denoiser {name} produced NaN or infinite values at step {bad[0]} of {steps}; {OVERFLOW}")

@@ -218,7 +218,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
     ("answer", "error", "message"),
     [
         (True, InputTypeError, "None or a mapping"),
-        ({"latent": 1}, InputError, "'latent'; only 'latents'"),
+        ({"latent": 1}, InputError, "'latent'; only 'latents' can be changed"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, InputError, r"shape \(1, 4, 8, 8\); they were \(1, 4, 16, 16\)"),
     ],
 )
