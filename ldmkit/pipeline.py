@@ -393,6 +393,8 @@ class Pipeline:
             sampler, self.schedule, num_inference_steps, timesteps, sigmas, default=given.num_inference_steps
         )
         self.prediction.check(levels)
+        blending = mask_image is not None and self.denoiser.in_channels == self.autoencoder.latent_channels
+        arguments.check_task(sampler, image=image is not None, blending=blending, resume=resume is not None)
         earlier = resumed(resume, seed=seed, first_image=first_image, generator=generator, sampler=sampler)
         if earlier is not None:
             seed, first_image = earlier.seed, earlier.first_image
@@ -427,7 +429,7 @@ class Pipeline:
         guided = partial(guidance.closure, model, [conditioned(term) for term in terms], weights, away)
         state = sampler.init(task.noise, task.levels, start=task.start)
         state = state if earlier is None else rejoin(earlier, state)
-        begun = RunState(state, used_seed, first_image, describe(sampler))
+        begun = RunState(state, task.levels, used_seed, first_image, describe(sampler))
         states = self._run(sampler, guided(), begun, task, noise, callback_on_step_end, progress, keep=return_trajectory)
         state = states[-1]
         images: Any = state.x if state.done else cast(Tensor, state.denoised)

@@ -84,11 +84,13 @@ class RunState:
 
     Attributes:
         state: of the sampler.
+        levels: those that the run was begun with (a sampler that chooses its steps puts others into its state).
         seed, first_image: of the keyed noise, as in the call; seed is None where noise came from a generator.
         sampler: class and config, as `describe` has them.
     """
 
     state: SamplerState
+    levels: Levels
     seed: int | list[int] | None
     first_image: int
     sampler: dict[str, Any]
@@ -104,8 +106,10 @@ class RunState:
         tensors: dict[str, Tensor] = {}
         state = self.state
         about = {
-            "levels": [[level.alpha, level.sigma, level.t] for level in state.levels],
-            "initial_scale": state.levels.initial_scale,
+            "begun": _numbers(self.levels),
+            "levels": _numbers(state.levels),
+            "initial_scale": self.levels.initial_scale,
+            "rising": self.levels.rising,
             "step": state.step,
             "x": _pack(state.x, tensors),
             "denoised": _pack(state.denoised, tensors),
@@ -128,10 +132,14 @@ class RunState:
             raise CheckpointError(f"{path} is a safetensors file, but not the state of a run") from None
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as the state of a run: {error}") from None
-        levels = Levels([Level(*numbers) for numbers in about["levels"]], initial_scale=about["initial_scale"])
+        scale, rising = about["initial_scale"], about["rising"]
+        begun, levels = (
+            Levels([Level(*numbers) for numbers in about[name]], initial_scale=scale, rising=rising)
+            for name in ("begun", "levels")
+        )
         x, denoised, history = (_unpack(about[name], tensors) for name in ("x", "denoised", "history"))
         state = SamplerState(x=x, levels=levels, step=about["step"], history=history, denoised=denoised)
-        return cls(state, about["seed"], about["first_image"], about["sampler"])
+        return cls(state, begun, about["seed"], about["first_image"], about["sampler"])
 
 
 def describe(sampler: Sampler) -> dict[str, Any]:
@@ -163,9 +171,9 @@ def resumed(resume: Any, *, seed: Any, first_image: int, generator: Any, sampler
 def rejoin(run: RunState, fresh: SamplerState) -> SamplerState:
     """The saved state on the device of the call's own fresh one. Raises: InputError where levels, sizes or types differ."""
     state, x = run.state, fresh.x
-    if state.levels != fresh.levels:
+    if run.levels != fresh.levels:
         raise InputError(
-            f"the run to resume goes through {state.levels.num_steps} steps from sigma / alpha = {state.levels[0].ratio:g}, "
+            f"the run to resume goes through {run.levels.num_steps} steps from sigma / alpha = {run.levels[0].ratio:g}, "
             f"this call through {fresh.levels.num_steps} from {fresh.levels[0].ratio:g}; give the arguments it was begun with"
         )
     if (state.x.shape, state.x.dtype) != (x.shape, x.dtype):
@@ -174,7 +182,8 @@ def rejoin(run: RunState, fresh: SamplerState) -> SamplerState:
         )
     on = _to(state.history, x.device)
     denoised = None if state.denoised is None else state.denoised.to(x.device)
-    return dataclasses.replace(fresh, x=state.x.to(x.device), step=state.step, history=on, denoised=denoised)
+    levels = fresh.levels if state.levels == fresh.levels else fresh.levels.through(list(state.levels))
+    return dataclasses.replace(fresh, x=state.x.to(x.device), levels=levels, step=state.step, history=on, denoised=denoised)
 
 
 def _check_keyed(seed: Any) -> None:
@@ -183,6 +192,10 @@ def _check_keyed(seed: Any) -> None:
             "this run drew its noise from a torch.Generator, whose next numbers are not in its state; "
             "use seed= to be able to resume"
         )
+
+
+def _numbers(levels: Levels) -> list[list[float]]:
+    return [[level.alpha, level.sigma, level.t] for level in levels]
 
 
 def _to(value: Any, device: torch.device) -> Any:

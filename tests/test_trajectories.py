@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ldmkit import Condition, Denoiser, Pipeline, RunState, Trajectory, available
+from ldmkit import Condition, Denoiser, Pipeline, RunState, Trajectory, available, part_class
 from ldmkit.config import Config
 from ldmkit.errors import CheckpointError, InputError, InputTypeError
 from tests.conditions import tiny_pipeline
@@ -23,7 +24,7 @@ BITS = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
 HALF = torch.ones(1, 1, 32, 32).index_fill_(2, torch.arange(16), 0.0)
 TASKS: dict[str, dict[str, Any]] = {
     "text": {},
-    "image": {"image": BITS, "strength": 0.8},
+    "image": {"image": BITS},
     "inpaint": {"image": BITS, "mask_image": HALF},
 }
 
@@ -120,6 +121,11 @@ def test_states_of_the_way_lead_to_the_picture(pipe: Pipeline) -> None:
 def test_every_sampler_does_every_task_and_goes_on_to_the_same_bits(
     pipe: Pipeline, sampler: str, task: str, tmp_path: Path
 ) -> None:
+    facts = part_class("sampler", sampler).facts
+    if not {"text": facts.from_noise, "image": facts.image_to_image, "inpaint": facts.inpainting}[task]:
+        with pytest.raises(InputError, match=r"Sampler cannot (start from noise|keep a part)"):
+            draw(pipe, sampler, **TASKS[task])
+        return
     whole = draw(pipe, sampler, **TASKS[task])
     assert whole.images.isfinite().all()
     assert whole.state.state.done
@@ -175,6 +181,27 @@ def test_a_run_that_does_not_fit_the_call_is_refused(pipe: Pipeline, tmp_path: P
         draw(pipe, callback_on_step_end=lambda *_: {"stop": 1})
 
 
+def test_samplers_that_cannot_say_so_before_any_work(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = draw(pipe, "ddim", callback_on_step_end=stopping_at(1)).state
+    facts = part_class("sampler", "ddim").facts
+    handle = pipe.denoiser.register_forward_pre_hook(lambda *_: pytest.fail("the denoiser ran"))
+    try:
+        for fact, options, message in (
+            ("from_noise", {}, "DDIMSampler cannot start from noise; give image="),
+            ("image_to_image", TASKS["image"], "DDIMSampler cannot start from an image"),
+            ("inpainting", TASKS["inpaint"], "DDIMSampler cannot keep a part of an image"),
+            ("resume", {"resume": half}, "DDIMSampler cannot resume a run"),
+        ):
+            monkeypatch.setattr(part_class("sampler", "ddim"), "facts", dataclasses.replace(facts, **{fact: False}))
+            with pytest.raises(InputError, match=message):
+                draw(pipe, "ddim", **options)
+        monkeypatch.undo()
+        with pytest.raises(InputError, match="strength = 0.5: inversion leads an image all the way up"):
+            draw(pipe, "ddim-inverse", image=BITS, strength=0.5)
+    finally:
+        handle.remove()
+
+
 def test_damaged_and_foreign_files_are_named(pipe: Pipeline, tmp_path: Path) -> None:
     whole = draw(pipe, callback_on_step_end=stopping_at(1)).state.save(tmp_path / "run.safetensors").read_bytes()
     other = safetensors.torch.save({"x": torch.zeros(1)})
@@ -200,7 +227,7 @@ def test_nan_after_going_on_is_at_its_own_step(pipe: Pipeline) -> None:
         handle.remove()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if part_class("sampler", name).facts.from_noise])
 def test_one_sampler_in_eight_threads_is_eight_samplers(sampler: str) -> None:
     pipe = Pipeline(autoencoder={"name": "identity"}, denoiser=Linear(), sampler=sampler, prediction="sample")
 
