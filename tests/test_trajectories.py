@@ -196,7 +196,7 @@ def test_samplers_that_cannot_say_so_before_any_work(pipe: Pipeline, monkeypatch
             with pytest.raises(InputError, match=message):
                 draw(pipe, "ddim", **options)
         monkeypatch.undo()
-        with pytest.raises(InputError, match="strength = 0.5: inversion leads an image all the way up"):
+        with pytest.raises(InputError, match=r"strength = 0\.5: inversion leads an image all the way up"):
             draw(pipe, "ddim-inverse", image=BITS, strength=0.5)
     finally:
         handle.remove()
