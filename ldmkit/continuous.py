@@ -72,7 +72,7 @@ class FlowSchedule(Schedule):
 
 
 def _shifted(s: np.ndarray, shift: float) -> np.ndarray:
-    return shift * s / (1.0 + (shift - 1.0) * s)
+    return shift * s / (shift * s + (1.0 - s))  # in this form 1 stays 1
 
 
 class EDMSchedule(Schedule):

@@ -327,7 +327,7 @@ class Pipeline:
             prompt: what to draw; one picture (times `num_images_per_prompt`) for each. `And(...)` joins several in one.
             class_labels: instead of a prompt, for class-conditional models.
             image: start from this picture (image-to-image), or, with `mask_image`, repaint it where the mask is white.
-            strength: how much of the noise schedule an image goes through, in [0, 1]; 0.8 if not given, 1.0 with a mask.
+            strength: how much of the noise schedule an image goes through, in [0, 1]; 0.8 if not given, 1 with a mask.
             height, width: in pixels; the pipeline's defaults, or the image's size. PIL images and masks are resized to them.
             timesteps, sigmas: visit these instead of the sampler's own; falling. sigmas are sigma / alpha, the last included.
             guidance_scale: classifier-free guidance; up to 1 it is off, as in diffusers. A denoiser that is told the scale
@@ -402,7 +402,7 @@ class Pipeline:
             seed, generator, count=count, first_image=first_image, device=self.device, dtype=self.dtype
         )
         dtype = torch.promote_types(self.dtype, torch.float32)
-        run = Run(self.autoencoder, self.denoiser, levels, count, noise, self.device, dtype)
+        run = Run(self.autoencoder, self.denoiser, sampler, levels, count, noise, self.device, dtype)
         task = prepare_task(
             run,
             image=image,

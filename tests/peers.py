@@ -70,7 +70,7 @@ def in_float64() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusers.DDPMScheduler, "_get_variance", without_floor)
-        for scheduler in SCHEDULERS.values():
+        for scheduler in (*SCHEDULERS.values(), diffusers.FlowMatchEulerDiscreteScheduler):
             module = sys.modules[scheduler.__module__]
             patch.setattr(module, "torch", _Widened(module.torch))
             patch.setattr(module, "np", _Widened(module.np))

@@ -23,7 +23,7 @@ class DDIMInverseSampler(Sampler):
     An image goes in as it does for image-to-image, and no noise is added to it:
 
         >>> pipe = Pipeline.from_pretrained("emoji", sampler="ddim-inverse")                             # doctest: +SKIP
-        >>> noise = pipe("", image=photo, strength=1, guidance_scale=1, output_type="latent").images     # doctest: +SKIP
+        >>> noise = pipe("", image=photo, guidance_scale=1, output_type="latent").images                 # doctest: +SKIP
         >>> pipe.sampler = "ddim"                                                                        # doctest: +SKIP
         >>> again = pipe("", latents=noise, guidance_scale=1).images                                     # doctest: +SKIP
     """
@@ -40,6 +40,7 @@ class DDIMInverseSampler(Sampler):
         source="Song et al. 2021, arXiv:2010.02502",
         from_noise=False,
         inpainting=False,
+        resume=False,
     )
 
     def __init__(self, config: DDIMInverseSampler.Config) -> None:

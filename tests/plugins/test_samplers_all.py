@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmkit import NoiseSchedule, Prediction, SamplerFacts, available, build
-from ldmkit.errors import ConfigError, NumericalError
+from ldmkit import Config, NoiseSchedule, Pipeline, Prediction, Sampler, SamplerFacts, available, build
+from ldmkit.errors import ConfigError, InputError, NumericalError
 from ldmkit.noise import KeyedNoise, StepNoise
 
 NAMES = sorted(name for name in available("sampler") if build("sampler", name).facts is not None)
@@ -123,9 +123,83 @@ def test_networks_that_no_steps_suit():
         run(sampler, sampler.levels(NoiseSchedule(), 10), denoise=lambda x, level: x * torch.nan)
 
 
-def test_what_a_sampler_says_of_itself_is_shown_where_it_matters():
-    assert [name for name in NAMES if not build("sampler", name).facts.from_noise] == ["ddim-inverse"]
-    assert SamplerFacts(order=1, evaluations=1, stochastic=False, source="here").resume
+class PlainSampler(Sampler):
+    """Says nothing of itself; goes down as it is told, and forgets what it saw."""
+
+    class Config(Config):
+        pass
+
+    def levels(self, schedule, num_inference_steps):
+        return build("sampler", "ddim").levels(schedule, num_inference_steps)
+
+    def transition(self, denoise, state):
+        return build("sampler", "ddim").transition(denoise, state)
+
+
+class FromNoise(PlainSampler):
+    facts = SamplerFacts(order=1, evaluations=1, stochastic=False, source="here", image_to_image=False)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    unet = {"block_out_channels": [8], "layers_per_block": 1, "transformer_layers_per_block": [0], "norm_num_groups": 4}
+    parts = {
+        "autoencoder": {"name": "identity", "channels": 3},
+        "denoiser": {"name": "unet", "in_channels": 3, "out_channels": 3, "cross_attention_dim": None, **unet},
+    }
+    torch.manual_seed(0)
+    made = Pipeline(**parts)
+    torch.nn.init.normal_(made.denoiser.conv_out.weight, std=0.05)  # it starts from 0, and then says nothing
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+IMAGE = torch.linspace(-0.5, 0.5, 3 * 64).view(1, 3, 8, 8)
+MASK = torch.ones(1, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "arguments", "told"),
+    [
+        ("ddim-inverse", {"height": 8, "width": 8}, "DDIMInverseSampler does not start from noise: give image="),
+        ("ddim-inverse", {"image": IMAGE, "mask_image": MASK}, "DDIMInverseSampler cannot keep a part of the image"),
+        (FromNoise.build(), {"image": IMAGE}, "FromNoise starts from noise only: leave out image"),
+    ],
+)
+def test_what_a_sampler_cannot_is_said_before_anything_runs(pipe, monkeypatch, sampler, arguments, told):
+    for part in (pipe.autoencoder, pipe.denoiser):
+        monkeypatch.setattr(part, "encode" if part is pipe.autoencoder else "forward", None)
+    pipe.sampler = sampler
+    with pytest.raises(InputError, match=told):
+        pipe(**arguments, num_inference_steps=2, seed=0)
+
+
+@pytest.mark.parametrize("sampler", [*NAMES, PlainSampler.build()], ids=str)
+def test_every_sampler_does_what_it_says(pipe, sampler):
+    """Text-to-image, image-to-image and inpainting through the pipeline; what is kept of an image is kept."""
+    pipe.sampler = sampler
+    facts = pipe.sampler.facts or FromNoise.facts
+    options = {"num_inference_steps": 4, "seed": 0, "output_type": "latent"}
+    if facts.from_noise:
+        assert pipe(height=8, width=8, **options).images.isfinite().all()
+    if facts.image_to_image:
+        assert pipe(image=IMAGE, strength=0.5, **options).images.isfinite().all()
+    if facts.inpainting:
+        kept = pipe(image=IMAGE, mask_image=0 * MASK, **options).images
+        torch.testing.assert_close(kept, IMAGE)
+
+
+def test_an_image_is_inverted_and_comes_back(pipe):
+    """Through the pipeline; the way back differs by first order in the steps."""
+    apart = []
+    for n in (50, 100):
+        pipe.sampler = "ddim-inverse"
+        options = {"num_inference_steps": n, "output_type": "latent", "seed": 0}
+        noise = pipe(image=IMAGE, **options).images
+        pipe.sampler = "ddim"
+        again = pipe(height=8, width=8, latents=noise, **options).images
+        apart.append(float((again - IMAGE).abs().max()))
+    assert 0 < apart[1] < 0.7 * apart[0] < 0.7 * float(IMAGE.std())
 
 
 def test_rising_levels_rise():

@@ -111,6 +111,23 @@ def test_the_measured_order_is_the_declared_one(name, config, order):
     assert math.log(errors[0] / errors[1], more / fewer) == pytest.approx(order, abs=0.15), errors
 
 
+def test_inversion_and_back_return_at_the_declared_order():
+    """DDIM up from nearly no noise, and down again."""
+    up, down = build("sampler", "ddim-inverse"), build("sampler", "ddim")
+    errors = []
+    for n in (320, 640):
+        levels = even_levels(n, 0, 0)
+        start = levels[-1].alpha * POINTS / 4
+        state = up.init(start, levels.reversed(), start=start)
+        while not state.done:
+            state = up.step(denoise, state, None)
+        state = SamplerState(x=state.x, levels=levels)
+        while not state.done:
+            state = down.step(denoise, state, None)
+        errors.append(float((state.x - start).abs().max()))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(up.facts.order, abs=0.15), errors
+
+
 def test_every_sampler_says_what_it_is():
     for name in available("sampler"):
         facts = build("sampler", name).facts
