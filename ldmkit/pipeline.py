@@ -315,6 +315,7 @@ class Pipeline:
         prompt_embeds: Tensor | Condition | None = None,
         negative_prompt_embeds: Tensor | Condition | None = None,
         clip_skip: int | None = None,
+        prompt_syntax: Literal["plain", "weighted"] | None = None,
         output_type: OutputType = "pil",
         return_trajectory: bool = False,
         resume: RunState | str | Path | None = None,
@@ -345,7 +346,8 @@ class Pipeline:
             generator: noise from torch.Generator instead, one or one per picture, in the order diffusers draws.
             latents: the starting noise itself (B, C, H/f, W/f); it is multiplied by the first level's scale.
             prompt_embeds, negative_prompt_embeds: conditions made before, tensors (B, L, C) or `Condition`s.
-            clip_skip: for conditioners that take it.
+            clip_skip, prompt_syntax: for conditioners that take them. "weighted" reads `(word:1.3)`, `[word]`, BREAK, prompts
+                of any length, and "one AND other :0.5"; "plain" (the default) takes every character as it is.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent".
             return_trajectory: keep every step and its probability, as `trajectory` of the output.
             resume: go on from the `state` of an output or callback, or from a file it was saved to; noise is the saved run's,
@@ -378,9 +380,11 @@ class Pipeline:
             },
         )
         copies = arguments.count("num_images_per_prompt", num_images_per_prompt)
-        options = arguments.conditioner_options(self.conditioner, prompt_embeds, clip_skip)
-        positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds)
-        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance)
+        options = arguments.conditioner_options(
+            self.conditioner, prompt_embeds, clip_skip=clip_skip, prompt_syntax=prompt_syntax
+        )
+        positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds, options)
+        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance, options)
         spatial = self.denoiser.in_channels > self.autoencoder.latent_channels and image is not None
         extra = {"spatial_BCHW": spatial, "guidance_B": guidance.told is not None}
         for on in (positive, negative):  # what does not fit is said before anything is encoded
