@@ -156,8 +156,8 @@ class CLIPTextConditioner(Conditioner):
             clip_skip: take the tokens this many layers before the configured one, as in diffusers.
             prompt_syntax: "plain" takes every character as it is, and cuts off what is beyond the window. "weighted" reads
                 `(word:1.3)`, `[word]` and BREAK, and prompts of any length, see `ldmkit_text.weighting`: tokens are then longer
-                by as many windows, and masked where prompts of a batch differ in that. A short prompt without syntax is the same
-                to the bit.
+                by as many windows, and masked where prompts of a batch differ in that. A short prompt without syntax is the
+                same to the bit.
 
         Raises:
             InputTypeError, InputError: as `check`, and for a clip_skip that is no integer or leaves no layer.

@@ -1,8 +1,8 @@
 r"""The prompt syntax of AUTOMATIC1111's web UI (`prompt_syntax="weighted"`): emphasis, and prompts of any length in chunks.
 
 Emphasis. `(word)` weighs 1.1, `[word]` 1 / 1.1, `(word:1.3)` 1.3; they nest, and factors multiply. `\(`, `\)`, `\[`, `\]`, `\\`
-are the characters themselves. Each token's embedding is multiplied by its weight, then all of the chunk by one number that restores
-the chunk's mean. (There it is the mean over the batch; here over each prompt's chunk, so that a picture does not depend on its
+are the characters themselves. Each token's embedding is multiplied by its weight, then all of the chunk by one number that
+restores the chunk's mean. (There it is the mean over the batch; here over each prompt's chunk: no picture depends on its
 batch. The other convention, of the library compel, interpolates between embeddings.)
 
 Chunks. Tokens fill windows of 75 (a window's size less start and end), each encoded on its own, the embeddings joined. `BREAK`
