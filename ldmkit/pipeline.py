@@ -280,8 +280,8 @@ class Pipeline:
             read = read_single_file(Path(file), dtype=wanted, device=device, config=config, tokenizer=tokenizer, **options)
         elif config is not None or tokenizer is not None or allow_pickle or ema or not strict:
             raise InputError(
-                f"config, tokenizer, allow_pickle, ema and strict are for layouts that ldmkit itself reads, and {file} is read by "
-                "a plugin's checkpoint format"
+                f"config, tokenizer, allow_pickle, ema and strict are for layouts that ldmkit itself reads, and {file} is "
+                "read by a plugin's checkpoint format"
             )
         else:
             read = foreign
