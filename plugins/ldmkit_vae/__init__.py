@@ -18,6 +18,20 @@ def ldmkit_components() -> Iterable[Component]:
         ),
         Component(
             kind="autoencoder",
+            name="vq",
+            target="ldmkit_vae.vq:VQAutoencoder",
+            summary="Vector-quantised autoencoder of latent diffusion; codebook learned by the loss or by moving averages.",
+            diffusers=("VQModel",),
+        ),
+        Component(
+            kind="autoencoder",
+            name="taesd",
+            target="ldmkit_vae.tiny:TinyAutoencoder",
+            summary="TAESD: tiny autoencoder of Stable Diffusion's latents, for previews.",
+            diffusers=("AutoencoderTiny",),
+        ),
+        Component(
+            kind="autoencoder",
             name="identity",
             target="ldmkit_vae.identity:IdentityAutoencoder",
             summary="Pixels as they are, for denoisers that work on them.",

@@ -29,14 +29,14 @@ class IdentityAutoencoder(Autoencoder):
 
     def encode(self, x_BCHW: Tensor) -> Posterior:
         """Raw pixels => a posterior that is sure of them."""
-        return _Certain(x_BCHW)
+        return Certain(x_BCHW)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """Final latents => themselves."""
         return z_BCHW
 
 
-class _Certain(Posterior):
+class Certain(Posterior):
     """All probability on one value."""
 
     def __init__(self, x_BCHW: Tensor) -> None:

@@ -24,3 +24,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "x4-upscaler": {"block_out_channels": [128, 256, 512], "latent_channels": 4, "scaling_factor": 0.08333},
 }
 """By name."""
+
+VQ_PRESETS: dict[str, dict[str, Any]] = {
+    # As above; `ldmkit.build("autoencoder", "vq", **VQ_PRESETS["ldm-vq-f4"])`.
+    "ldm-vq-f4": {"block_out_channels": [128, 256, 512], "latent_channels": 3, "num_vq_embeddings": 8192},
+    "ldm-vq-f8": {
+        "block_out_channels": [128, 128, 256, 512],
+        "latent_channels": 4,
+        "num_vq_embeddings": 16384,
+        "attention_levels": [False, False, False, True],
+    },
+}
+"""By name."""
