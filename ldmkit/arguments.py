@@ -59,8 +59,8 @@ class Asked:
         return Condition() if conditioner is None or self.inputs is None else conditioner(self.inputs, **options)
 
 
-def asked(conditioner: Conditioner | None, prompt: Any, labels: Any, embeds: Any) -> Asked:
-    """What to draw. Raises: InputError, InputTypeError."""
+def asked(conditioner: Conditioner | None, prompt: Any, labels: Any, embeds: Any, options: Mapping[str, Any]) -> Asked:
+    """What to draw. `options` are the conditioner's. Raises: InputError, InputTypeError."""
     given = [name for name, v in (("prompt", prompt), ("class_labels", labels), ("prompt_embeds", embeds)) if v is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were both given; give one of them")
@@ -75,16 +75,21 @@ def asked(conditioner: Conditioner | None, prompt: Any, labels: Any, embeds: Any
         raise InputError("nothing to draw was given: pass prompt=, class_labels= or prompt_embeds=")
     if prompt is not None:
         inputs = _texts("prompt", prompt)
+        if options.get("prompt_syntax") == "weighted":
+            inputs = [And.parse(text) if isinstance(text, str) else text for text in inputs]
     else:
         labels = plain(labels)
         inputs = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]
     if not inputs:
         raise InputError(f"{given[0]} is an empty list")
-    conditioner.check([term for value in inputs for term in (value.inputs if isinstance(value, And) else [value])])
+    terms = [term for value in inputs for term in (value.inputs if isinstance(value, And) else [value])]
+    conditioner.check(terms, **_known_to_check(conditioner, options))
     return Asked(inputs=inputs)
 
 
-def refused(conditioner: Conditioner | None, prompt: Any, embeds: Any, positive: Asked, given: Guidance) -> Asked | None:
+def refused(
+    conditioner: Conditioner | None, prompt: Any, embeds: Any, positive: Asked, given: Guidance, options: Mapping[str, Any]
+) -> Asked | None:
     """What not to draw: the negative prompt, or the conditioner's null input; None where there is nothing to guide away from.
 
     Raises:
@@ -114,8 +119,13 @@ def refused(conditioner: Conditioner | None, prompt: Any, embeds: Any, positive:
         values = values * positive.count
     if len(values) != positive.count:
         raise InputError(f"{len(values)} negative prompts for {positive.count} prompts; give one, or one per prompt")
-    conditioner.check(values)
+    conditioner.check(values, **_known_to_check(conditioner, options))
     return Asked(inputs=values)
+
+
+def _known_to_check(conditioner: Conditioner, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = signature(conditioner.check).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 def check_fits(denoiser: Denoiser, conditioner: Conditioner | None, on: Asked | None, extra: frozenset[str]) -> None:
@@ -215,16 +225,15 @@ def _check_embeds(name: str, value: Any) -> None:
         raise InputError(f"{name} must be (B, L, C), got shape {tuple(value.shape)}")
 
 
-def conditioner_options(conditioner: Conditioner | None, embeds: Any, clip_skip: int | None) -> dict[str, Any]:
+def conditioner_options(conditioner: Conditioner | None, embeds: Any, **told: Any) -> dict[str, Any]:
     """Keyword arguments for the conditioner. Raises: InputError where it does not take them, or is not asked."""
-    clip_skip = plain(clip_skip)
-    if clip_skip is None:
-        return {}
-    if conditioner is None or "clip_skip" not in signature(conditioner.forward).parameters:
-        raise InputError(f"clip_skip = {clip_skip} was given, but {type(conditioner).__name__} does not take it")
-    if embeds is not None:
-        raise InputError(f"clip_skip = {clip_skip} was given with prompt_embeds, which are encoded already; leave it out")
-    return {"clip_skip": clip_skip}
+    given = {name: plain(value) for name, value in told.items() if value is not None}
+    for name, value in given.items():
+        if conditioner is None or name not in signature(conditioner.forward).parameters:
+            raise InputError(f"{name} = {value!r} was given, but {type(conditioner).__name__} does not take it")
+        if embeds is not None:
+            raise InputError(f"{name} = {value!r} was given with prompt_embeds, which are encoded already; leave it out")
+    return given
 
 
 def with_eta(sampler: Sampler, eta: float | None) -> Sampler:

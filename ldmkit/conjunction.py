@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from ldmkit.errors import InputError
+
+_TERM = re.compile(r"(?P<text>.*?)(?:\s*:\s*(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
 
 
 class And:
@@ -37,6 +40,16 @@ class And:
                 raise InputError(f"And: {pair!r} is no pair of an input and a finite weight")
         self.inputs = [value for value, _ in pairs]
         self.weights = [float(weight) for _, weight in pairs]
+
+    @classmethod
+    def parse(cls, text: str) -> And | str:
+        """`"a cat AND a dog :0.7"` => `And(("a cat", 1.0), ("a dog", 0.7))`, as AUTOMATIC1111's web UI reads it; a text without
+        AND as it is (also "16:9", which there is a weight).
+        """
+        parts = re.split(r"\bAND\b", text)
+        terms = [_TERM.fullmatch(part) for part in parts]
+        pairs = [(term["text"].strip(), float(term["weight"] or 1)) for term in terms if term is not None]
+        return text if len(parts) == 1 else cls(*pairs)
 
     def __repr__(self) -> str:
         return f"And({', '.join(map(repr, zip(self.inputs, self.weights, strict=True)))})"

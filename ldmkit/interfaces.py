@@ -255,7 +255,7 @@ class Conditioner(Part, nn.Module):
         """
 
     def check(self, inputs: Sequence[Any]) -> None:
-        """Raise a named error for inputs `forward` would refuse, before any work is done."""
+        """Raise a named error for inputs `forward` would refuse, before any work is done. May take `forward`'s options."""
 
 
 # ------------------------------------------------------------------------------------------------------------------ denoiser

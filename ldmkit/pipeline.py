@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ldmkit import arguments
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.folders import write_folder
+from ldmkit.checkpoints.formats import read_foreign
 from ldmkit.checkpoints.parts import DType
 from ldmkit.checkpoints.pipelines import read_pipeline, write_pipeline
 from ldmkit.checkpoints.single_file import read_single_file
@@ -30,7 +31,7 @@ from ldmkit.guidance.combination import has_negative_share
 from ldmkit.images import OutputType, from_pixels
 from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Denoiser, Part, Sampler, SamplerState
 from ldmkit.noise import NoiseSource, StepNoise
-from ldmkit.plugin.registry import build
+from ldmkit.plugin.registry import build, registry
 from ldmkit.prediction import Model, Prediction
 from ldmkit.runs import RunState, Trajectory, describe, rejoin, resumed
 from ldmkit.schedule import Schedule
@@ -253,6 +254,7 @@ class Pipeline:
         **parts: PartLike,
     ) -> Self:
         """Load a file in the layout of CompVis or Stability; the architecture is recognised by keys and shapes, offline.
+        A file that a plugin's checkpoint format recognises is read by it instead.
 
         Args:
             file: a `.safetensors` file, or a `.ckpt`.
@@ -273,8 +275,17 @@ class Pipeline:
         known = _check_parts(cls, "from_single_file", parts)
         wanted = _wanted_dtype(dtype, torch_dtype)
         options: dict[str, Any] = {"allow_pickle": allow_pickle, "ema": ema, "strict": strict, "given": parts}
-        read = read_single_file(Path(file), dtype=wanted, device=device, config=config, tokenizer=tokenizer, **options)
-        accounting = read.pop("accounting")
+        foreign = read_foreign(Path(file), dtype=wanted, device=device)
+        if foreign is None:
+            read = read_single_file(Path(file), dtype=wanted, device=device, config=config, tokenizer=tokenizer, **options)
+        elif config is not None or tokenizer is not None or allow_pickle or ema or not strict:
+            raise InputError(
+                f"config, tokenizer, allow_pickle, ema and strict are for layouts that ldmkit itself reads, and {file} is "
+                "read by a plugin's checkpoint format"
+            )
+        else:
+            read = foreign
+        accounting = read.pop("accounting", {})
         pipe = cls(**{**read, **{name: part for name, part in parts.items() if name in known}})
         pipe.accounting = accounting
         return pipe
@@ -299,6 +310,7 @@ class Pipeline:
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_batched: bool | None = None,
+        guidance_method: str | Mapping[str, Any] | None = None,
         pag_scale: float | None = None,
         pag_layers: str | Sequence[str] | None = None,
         classifier: Classifier | None = None,
@@ -315,6 +327,7 @@ class Pipeline:
         prompt_embeds: Tensor | Condition | None = None,
         negative_prompt_embeds: Tensor | Condition | None = None,
         clip_skip: int | None = None,
+        prompt_syntax: Literal["plain", "weighted"] | None = None,
         output_type: OutputType = "pil",
         return_trajectory: bool = False,
         resume: RunState | str | Path | None = None,
@@ -336,6 +349,7 @@ class Pipeline:
             guidance_interval: (low, high) in sigma / alpha, outside of which there is no guidance (and no pass for it).
             guidance_batched: all conditions in one pass (True), one pass each (False: less memory), or (None) one pass until
                 the device's memory does not hold it.
+            guidance_method: a plugin's way to guide, by name or as {"name": ..., **config}, in the place of classifier-free.
             pag_scale, pag_layers: perturbed-attention guidance, beside guidance_scale or alone, and where: "mid" if not given.
             classifier, classifier_scale: (x, level) -> log p(y | x), (B,): classifier guidance by its gradient.
             dynamic_thresholding_ratio, dynamic_thresholding_limit: of Imagen, for pixel-space models: 0.995 and 1.
@@ -345,7 +359,8 @@ class Pipeline:
             generator: noise from torch.Generator instead, one or one per picture, in the order diffusers draws.
             latents: the starting noise itself (B, C, H/f, W/f); it is multiplied by the first level's scale.
             prompt_embeds, negative_prompt_embeds: conditions made before, tensors (B, L, C) or `Condition`s.
-            clip_skip: for conditioners that take it.
+            clip_skip, prompt_syntax: for conditioners that take them. "weighted" reads `(word:1.3)`, `[word]`, BREAK, prompts
+                of any length, and "one AND other :0.5"; "plain" (the default) takes every character as it is.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent".
             return_trajectory: keep every step and its probability, as `trajectory` of the output.
             resume: go on from the `state` of an output or callback, or from a file it was saved to; noise is the saved run's,
@@ -377,10 +392,14 @@ class Pipeline:
                 "dynamic_thresholding_limit": dynamic_thresholding_limit,
             },
         )
+        if guidance_method is not None:
+            guidance = dataclasses.replace(guidance, method=_built("guidance-method", guidance_method))
         copies = arguments.count("num_images_per_prompt", num_images_per_prompt)
-        options = arguments.conditioner_options(self.conditioner, prompt_embeds, clip_skip)
-        positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds)
-        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance)
+        options = arguments.conditioner_options(
+            self.conditioner, prompt_embeds, clip_skip=clip_skip, prompt_syntax=prompt_syntax
+        )
+        positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds, options)
+        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance, options)
         spatial = self.denoiser.in_channels > self.autoencoder.latent_channels and image is not None
         extra = {"spatial_BCHW": spatial, "guidance_B": guidance.told is not None}
         for on in (positive, negative):  # what does not fit is said before anything is encoded
@@ -440,6 +459,15 @@ class Pipeline:
         left = dataclasses.replace(begun, state=dataclasses.replace(state, drawn=(), laws=()))
         way = Trajectory(tuple(states), sampler, guided) if return_trajectory else None
         return PipelineOutput(images=images, seed=used_seed, state=left, trajectory=way)
+
+    def run_task(self, name: str, /, *args: Any, **kwargs: Any) -> PipelineOutput:
+        """What a plugin does with a pipeline beside drawing, by name; see `ldmkit_tasks` in `ldmkit.plugin.spec`.
+
+        Raises:
+            UnknownPartError, PartClashError, PluginError: for a name that nobody offers, or cannot be had.
+        """
+        output: PipelineOutput = registry().load("task", name)(self, *args, **kwargs)
+        return output
 
     def _run(
         self,
@@ -506,14 +534,16 @@ def _config(cls: type[C], value: C | Mapping[str, Any] | None) -> C | None:
     return value if value is None or isinstance(value, cls) else cls.parse(cast(Mapping[str, Any], value))
 
 
+def _built(kind: str, value: str | Mapping[str, Any]) -> Any:
+    config = {"name": value} if isinstance(value, str) else dict(value)
+    if "name" not in config:
+        raise ConfigError(f"{kind}: a mapping must have the key 'name', got {sorted(config)}")
+    return build(kind, config.pop("name"), **config)
+
+
 def _part(kind: str, value: PartLike, base: type) -> Any:
-    if isinstance(value, str):
-        return build(kind, value)
-    if isinstance(value, Mapping):
-        config = dict(value)
-        if "name" not in config:
-            raise ConfigError(f"{kind}: a mapping must have the key 'name', got {sorted(config)}")
-        return build(kind, config.pop("name"), **config)
+    if isinstance(value, str | Mapping):
+        return _built(kind, value)
     if not isinstance(value, base):
         raise InputTypeError(f"{kind} must be a {base.__name__}, a name or a mapping with 'name', got {type(value).__name__}")
     return value

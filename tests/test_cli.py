@@ -101,7 +101,18 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
 def test_plugins_as_table_and_json(capsys):
     assert main(["plugins", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    keys = {"distribution", "version", "entry_point", "module", "state", "error", "traceback", "components"}
+    keys = {
+        "distribution",
+        "version",
+        "entry_point",
+        "module",
+        "state",
+        "error",
+        "traceback",
+        "components",
+        "kernels",
+        "extensions",
+    }
     assert all(set(plugin) == keys for plugin in listed["plugins"])
     assert listed["clashes"] == []
     assert main(["plugins"]) == 0

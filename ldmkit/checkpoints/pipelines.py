@@ -10,6 +10,7 @@ import torch
 
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
 from ldmkit.checkpoints.folders import is_diffusers_folder, read_folder
+from ldmkit.checkpoints.formats import read_foreign
 from ldmkit.checkpoints.parts import DType, describe_part, load_part, write_part
 from ldmkit.checkpoints.weights import WEIGHT_FILES
 from ldmkit.config import Config
@@ -47,7 +48,7 @@ def write_pipeline(
 
 
 def resolve(name_or_folder: str | Path) -> Path:
-    """The folder of a saved pipeline: a path, or the name of one that a plugin registers.
+    """Where a saved pipeline lies: a path, or the name of one that a plugin registers.
 
     Where both exist, the folder is meant if it holds a pipeline: a folder of pictures called "emoji" hides no model.
 
@@ -58,13 +59,13 @@ def resolve(name_or_folder: str | Path) -> Path:
     if (path / INDEX).is_file() or is_diffusers_folder(path):
         return path
     if isinstance(name_or_folder, Path) or path.parent != Path() or path == Path():
-        if path.is_dir():
+        if path.exists():
             return path
         raise CheckpointError(f"{path} is not a folder")
     try:
         return Path(registry().load("pipeline", name_or_folder)())
     except UnknownPartError as error:
-        if path.is_dir():
+        if path.exists():
             return path
         raise UnknownPartError(f"{name_or_folder!r} is not a folder, and {error}") from None
 
@@ -91,6 +92,15 @@ def read_pipeline(
         return read_folder(folder, dtype=dtype, device=device, variant=variant, strict=strict, without=without)
     if variant is not None or not strict:
         raise InputError(f"variant and strict are for folders in the diffusers layout, and {folder} is none")
+    if not (folder / INDEX).is_file():
+        foreign = read_foreign(folder, dtype=dtype, device=device)
+        if foreign is not None:
+            return foreign
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder} is not a folder, and no plugin's checkpoint format recognises it; single files that ldmkit itself "
+                "knows are read by from_single_file"
+            )
     index = read_json(folder / INDEX)
     try:
         if index["format"] > FORMAT:

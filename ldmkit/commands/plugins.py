@@ -49,12 +49,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _plain(plugin: Plugin) -> dict[str, Any]:
     names = ("distribution", "version", "entry_point", "module", "state", "error", "traceback")
-    return {name: getattr(plugin, name) for name in names} | {"components": [asdict(c) for c in plugin.components]}
+    return {name: getattr(plugin, name) for name in names} | {
+        "components": [asdict(c) for c in plugin.components],
+        "kernels": [asdict(kernel) for kernel in plugin.kernels],
+        "extensions": [{"kind": e.kind, **asdict(e)} for e in plugin.extensions],
+    }
 
 
 def _rows(plugin: Plugin) -> list[tuple[str, ...]]:
     """One row per part; what they share is written once."""
     head = (plugin.distribution, plugin.version, plugin.entry_point, plugin.state)
-    parts: list[tuple[str, str, str]] = [(c.kind, c.name, c.summary) for c in plugin.components]
-    parts = parts or [("", "", plugin.error or "offers no parts")]
+    parts = [(c.kind, c.name, c.summary) for c in plugin.rows]
+    parts += [("kernel", kernel.backend, f"{kernel.op}: {kernel.summary}".rstrip(": ")) for kernel in plugin.kernels]
+    parts = parts or [("", "", plugin.error or "offers nothing")]
     return [(*(head if i == 0 else ("",) * len(head)), *part) for i, part in enumerate(parts)]

@@ -9,7 +9,7 @@ from ldmkit.errors import PartClashError, UnknownPartError
 from ldmkit.plugin.manager import Plugin
 from ldmkit.plugin.registry import Registry
 from ldmkit.plugin.requirements import install_line, unmet
-from ldmkit.plugin.spec import API_VERSION, KINDS
+from ldmkit.plugin.spec import API_VERSION, EXTENSION_KINDS, KINDS
 
 
 def why(registry: Registry, name: str) -> str:
@@ -19,10 +19,10 @@ def why(registry: Registry, name: str) -> str:
         UnknownPartError: when nothing is called so, with close names.
     """
     said = [_of_plugin(plugin) for plugin in registry.plugins if plugin.called(name)]
-    said += [_of_part(registry, kind, name) for kind in KINDS if registry.offers(kind, name)]
+    said += [_of_part(registry, kind, name) for kind in (*KINDS, *EXTENSION_KINDS) if registry.offers(kind, name)]
     if not said:
         known = {word for plugin in registry.plugins for word in (plugin.distribution, plugin.entry_point) if word}
-        known |= {component.name for component in registry.components()}
+        known |= {row.name for plugin in registry.plugins for row in plugin.rows}
         close = get_close_matches(name, sorted(known), n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "; `ldmkit plugins` lists what there is"
         raise UnknownPartError(f"no installed plugin, distribution or part is called {name!r}{hint}")
@@ -39,7 +39,7 @@ def _of_plugin(plugin: Plugin) -> str:
     lacking = [str(need) for need in unmet(plugin.distribution)]
     if lacking:
         lines.append(f"lacks what it requires: {install_line(*lacking)}")
-    lines += [f"offers the {component.kind} {component.name!r} ({component.target})" for component in plugin.components]
+    lines += [f"offers the {component.kind} {component.name!r} ({component.target})" for component in plugin.rows]
     lines += [f"offers the kernel {kernel.backend!r} of {kernel.op} ({kernel.target})" for kernel in plugin.kernels]
     text = "\n  ".join(lines)
     return text if not plugin.traceback else f"{text}\n{plugin.traceback.rstrip()}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from ldmkit.errors import InputError
 from ldmkit.guidance.classifier import Classifier, classifier_guided
 from ldmkit.guidance.combination import Weight, combined
 from ldmkit.guidance.interval import within
@@ -25,6 +26,7 @@ class Guidance:
         classifier, classifier_scale: see `classifier_guided`; acts on top of them, at every level.
         thresholding_ratio, thresholding_limit: see `thresholded`; acts last, at every level.
         batched: one pass or several, see `Passes`.
+        method: a plugin's, called with (model, condition, negative, scale), in the place of classifier-free guidance.
         told: the scale that a denoiser distilled with guidance is told as `guidance_B`, for one pass; None for others.
     """
 
@@ -38,6 +40,7 @@ class Guidance:
     thresholding_ratio: float | None = None
     thresholding_limit: float = 1.0
     batched: bool | None = None
+    method: Callable[[Model, Condition, Condition | None, float], Denoise] | None = None
     told: float | None = None
 
     def closure(
@@ -45,12 +48,15 @@ class Guidance:
     ) -> Denoise:
         """D, guided. Raises: InputError, as the closures it is made of."""
         plain = partial(combined, model, conditions, weights=weights, negative=negative, batched=self.batched)
-        denoise = plain(
-            scale=self.scale,
-            rescale=self.rescale,
-            pag_scale=self.pag_scale,
-            pag_layers=self.pag_layers,
-        )
+        if self.method is not None:
+            if len(conditions) > 1 or self.rescale or self.pag_scale:
+                raise InputError(
+                    f"guidance_method takes the place of classifier-free guidance: it goes with one prompt a picture (here "
+                    f"{len(conditions)}), without guidance_rescale ({self.rescale:g}) and pag_scale ({self.pag_scale:g})"
+                )
+            denoise = self.method(model, conditions[0], negative, self.scale)
+        else:
+            denoise = plain(scale=self.scale, rescale=self.rescale, pag_scale=self.pag_scale, pag_layers=self.pag_layers)
         if self.interval is not None:
             denoise = within(denoise, plain(), *self.interval)
         if self.classifier is not None:

@@ -24,8 +24,9 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from ldmkit.errors import PluginError
 from ldmkit.plugin import requirements, spec, watchdog
-from ldmkit.plugin.spec import API_VERSION, Component, Kernel
+from ldmkit.plugin.spec import API_VERSION, EXTENSIONS, Component, Extension, Kernel
 
+Row = Component | Extension
 GROUP = "ldmkit"
 CORE = "ldmkit"
 """The distribution whose plugins are built in: a name of theirs is never taken over by another's."""
@@ -49,6 +50,7 @@ class Plugin:
         state: "ok"; "failed" (see `error`, one line, and `traceback`); or "blocked" (see `error`).
         components: the parts it offers; none unless ok.
         kernels: the kernels it offers; none unless ok.
+        extensions: what else it offers; none unless ok.
         api: the range of plugin API versions it declares ("" where it declares none, or was never asked).
         seconds: what loading it took.
         hooks: calls its hooks, each returning a list of at most one result; None unless ok.
@@ -61,6 +63,7 @@ class Plugin:
     state: Literal["ok", "failed", "blocked"] = "ok"
     components: tuple[Component, ...] = ()
     kernels: tuple[Kernel, ...] = ()
+    extensions: tuple[Extension, ...] = ()
     error: str = ""
     traceback: str = ""
     api: str = ""
@@ -75,6 +78,11 @@ class Plugin:
     def builtin(self) -> bool:
         """Whether ldmkit itself ships it."""
         return canonical(self.distribution) == CORE
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All that it offers by kind and name: parts and extensions."""
+        return (*self.components, *self.extensions)
 
     def called(self, name: str) -> bool:
         """Whether `name` is that of the distribution (however spelt: a-b, a_b, A.B) or of the entry point."""
@@ -156,11 +164,13 @@ def _load(entry_point: metadata.EntryPoint, plugin: Plugin) -> Plugin:
         manager.check_pending()  # a hook implementation with a misspelt name
         components = _components(manager.hook.ldmkit_components())
         kernels = _kernels(manager.hook.ldmkit_kernels())
+        extensions = _extensions(manager)
     except (Exception, SystemExit) as error:  # whatever a stranger's code may do, the others go on
         text, seconds = _told(error, plugin), time.perf_counter() - start
         return replace(plugin, state="failed", error=text, traceback=traceback.format_exc(), api=api, seconds=seconds)
     seconds = time.perf_counter() - start
-    return replace(plugin, components=components, kernels=kernels, api=api, seconds=seconds, hooks=manager.hook)
+    plugin = replace(plugin, components=components, kernels=kernels, extensions=extensions)
+    return replace(plugin, api=api, seconds=seconds, hooks=manager.hook)
 
 
 def _told(error: BaseException, plugin: Plugin) -> str:
@@ -229,6 +239,16 @@ def _kernels(answers: list[Any]) -> tuple[Kernel, ...]:
         if count > 1:
             raise PluginError(f"it offers the backend {kernel[1]!r} of {kernel[0]} twice")
     return kernels
+
+
+def _extensions(manager: pluggy.PluginManager) -> tuple[Extension, ...]:
+    found: list[Extension] = []
+    for hook, cls in EXTENSIONS.items():
+        found += _all_of(cls, hook, getattr(manager.hook, hook)())
+    for (kind, name), count in Counter((e.kind, e.name) for e in found).items():
+        if count > 1:
+            raise PluginError(f"it offers the {kind} {name!r} twice")
+    return tuple(found)
 
 
 def _all_of(kind: type[Any], hook: str, answers: list[Any]) -> tuple[Any, ...]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from ldmkit.errors import InputError, InputTypeError, LdmkitError, PartClashError, PluginError, UnknownPartError
 from ldmkit.plugin import requirements
-from ldmkit.plugin.manager import DISABLE, Plugin, discover, warn_of_failures
-from ldmkit.plugin.spec import KINDS, Component
+from ldmkit.plugin.manager import DISABLE, Plugin, Row, discover, warn_of_failures
+from ldmkit.plugin.spec import EXTENSION_KINDS, KINDS, Component
 
 INTERFACES = {
     "autoencoder": "Autoencoder",
@@ -27,7 +27,7 @@ INTERFACES = {
 }
 """The class in `ldmkit.interfaces` that a part of each kind must derive from."""
 
-Offer = tuple[Plugin, Component]
+Offer = tuple[Plugin, Row]
 """A line of the table, and whose it is."""
 
 
@@ -38,8 +38,8 @@ class Registry:
         self._plugins = tuple(plugins)
         self._table: dict[tuple[str, str], list[Offer]] = {}
         for plugin in self._plugins:
-            for component in plugin.components:
-                self._table.setdefault((component.kind, component.name), []).append((plugin, component))
+            for row in plugin.rows:
+                self._table.setdefault((row.kind, row.name), []).append((plugin, row))
 
     @property
     def plugins(self) -> tuple[Plugin, ...]:
@@ -48,7 +48,7 @@ class Registry:
 
     def components(self, kind: str | None = None) -> tuple[Component, ...]:
         """Every line of the table, sorted by kind and name. Raises: UnknownPartError for an unknown kind."""
-        kinds = KINDS if kind is None else (_known_kind(kind),)
+        kinds = KINDS if kind is None else (_known_kind(kind, KINDS),)
         found = [c for plugin in self._plugins for c in plugin.components if c.kind in kinds]
         return tuple(sorted(found, key=lambda c: (KINDS.index(c.kind), c.name)))
 
@@ -87,7 +87,7 @@ class Registry:
         owner, _, bare = name.rpartition(":")
         return [offer for offer in self._table.get((kind, bare), ()) if not owner or offer[0].called(owner)]
 
-    def find(self, kind: str, name: str) -> Component:
+    def find(self, kind: str, name: str) -> Row:
         """One line of the table, without importing its target.
 
         Raises:
@@ -117,9 +117,14 @@ class Registry:
         """
         if kind == "pipeline":
             raise InputError(f"a pipeline is loaded, not built: ldmkit.Pipeline.from_pretrained({name!r})")
-        return self.load(kind, name).build(**config)
+        target = self.load(kind, name)
+        if kind in EXTENSION_KINDS:
+            if kind in CALLED_AS_THEY_ARE:
+                raise InputError(f"a {kind} is loaded, not built: it has no config")
+            return target(target.Config.parse(config, owner=f"{kind} {name!r}"))
+        return target.build(**config)
 
-    def offer_of(self, part: type) -> Offer:
+    def offer_of(self, part: type) -> tuple[Plugin, Component]:
         """The line that registers a part's class, and the plugin it comes from (what a saved part is named by).
 
         Raises:
@@ -151,9 +156,9 @@ class Registry:
         names = self.available(kind)
         close = get_close_matches(name, names, n=3, cutoff=0.6)
         lines = [f"no {kind} is called {name!r}" + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")]
-        elsewhere = [component.kind for component in self.components() if component.name == name]
+        elsewhere = [its_kind for its_kind, its_name in self._table if its_name == name]
         lines += [f"  there is {_a(other)} {other} of that name" for other in elsewhere]
-        lines.append(f"  {kind} parts there are: {', '.join(names) or 'none'}")
+        lines.append(f"  {kind}{' parts' if kind in KINDS else 's'} there are: {', '.join(names) or 'none'}")
         for state, word in (("failed", "failed, and might have held it"), ("blocked", "is blocked, and might hold it")):
             lines += [f"  plugin {p} {word}: {p.error}" for p in self._plugins if p.state == state]
         if any(plugin.state == "failed" for plugin in self._plugins):
@@ -161,11 +166,11 @@ class Registry:
         return "\n".join(lines)
 
 
-def _known_kind(kind: str) -> str:
-    if kind not in KINDS:
-        close = get_close_matches(str(kind), KINDS, n=1)
+def _known_kind(kind: str, kinds: tuple[str, ...] = (*KINDS, *EXTENSION_KINDS)) -> str:
+    if kind not in kinds:
+        close = get_close_matches(str(kind), kinds, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UnknownPartError(f"no kind of part is called {kind!r}{hint} (kinds: {', '.join(KINDS)})")
+        raise UnknownPartError(f"no kind of part is called {kind!r}{hint} (kinds: {', '.join(kinds)})")
     return kind
 
 
@@ -203,7 +208,7 @@ def _is_target(part: type, target: str) -> bool:
     return value is part
 
 
-def _import_target(plugin: Plugin, component: Component) -> Any:
+def _import_target(plugin: Plugin, component: Row) -> Any:
     module, _, attribute = component.target.partition(":")
     what = f"the {component.kind} {component.name!r} of {plugin}"
     try:
@@ -222,13 +227,16 @@ def _import_target(plugin: Plugin, component: Component) -> Any:
     return value
 
 
-def _check_target(plugin: Plugin, component: Component, target: Any) -> None:
+def _check_target(plugin: Plugin, component: Row, target: Any) -> None:
     what = f"the {component.kind} {component.name!r} of {plugin}: its target {component.target!r}"
     if component.kind == "pipeline":
         if not callable(target):
             raise PluginError(f"{what} must be a function that returns a folder, and is {target!r}")
         return
     config = import_module("ldmkit.config").Config
+    if component.kind in EXTENSION_KINDS:
+        _check_extension(what, component.kind, target)
+        return
     interface = getattr(import_module("ldmkit.interfaces"), INTERFACES[component.kind])
     if not (isinstance(target, type) and issubclass(target, interface)):
         raise PluginError(f"{what} must be a class derived from ldmkit.{interface.__name__}, and is {target!r}")
@@ -238,6 +246,24 @@ def _check_target(plugin: Plugin, component: Component, target: Any) -> None:
     own = getattr(target, "Config", None)
     if not (isinstance(own, type) and issubclass(own, config)):
         raise PluginError(f"{what} needs a nested `class Config(ldmkit.Config)`, and has {own!r}")
+
+
+CALLED_AS_THEY_ARE = {"task": ("__call__",), "checkpoint-format": ("detect", "load")}
+"""Functions that targets of these kinds must have. The other kinds of extensions are classes, built from a config."""
+CALLED_WHEN_BUILT = {"training-loss": "__call__", "data-source": "open", "guidance-method": "__call__"}
+"""The function that instances of these kinds must have."""
+
+
+def _check_extension(what: str, kind: str, target: Any) -> None:
+    if kind in CALLED_AS_THEY_ARE:
+        missing = [name for name in CALLED_AS_THEY_ARE[kind] if not callable(getattr(target, name, None))]
+        if missing:
+            raise PluginError(f"{what} lacks {' and '.join(missing)}, which a {kind} must have")
+        return
+    function, own = CALLED_WHEN_BUILT[kind], getattr(target, "Config", None)
+    called = isinstance(target, type) and any(function in vars(base) for base in target.__mro__)
+    if not (called and isinstance(own, type) and issubclass(own, import_module("ldmkit.config").Config)):
+        raise PluginError(f"{what} must be a class with {function} and a nested class Config(ldmkit.Config), and is {target!r}")
 
 
 _lock = threading.RLock()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import pluggy
 
@@ -132,6 +132,167 @@ def ldmkit_kernels() -> Iterable[Kernel]:
     'mine'
     """
     raise AssertionError("a hook specification is never called")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """One line of the table of what plugins offer beside parts and kernels: plain data. Use the class of its kind.
+
+    Attributes:
+        name: what users write, lower-case words joined with hyphens.
+        target: "package.module:object", imported on first use; the hook of its kind says what it must be.
+        summary: one line for listings.
+
+    Raises:
+        PluginError: for a name that is not lower-case words, or a malformed target.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    target: str
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if not all(word.isalnum() and word == word.lower() for word in self.name.split("-")):
+            raise PluginError(f"{self.kind} {self.name!r}: use lower-case words joined with hyphens")
+        module, colon, attribute = self.target.partition(":")
+        if not (module and colon and attribute):
+            raise PluginError(f"{self.kind} {self.name!r}: target {self.target!r} is not of the form 'package.module:object'")
+
+
+class Task(Extension):
+    """See `ldmkit_tasks`."""
+
+    kind = "task"
+
+
+class CheckpointFormat(Extension):
+    """See `ldmkit_checkpoint_formats`."""
+
+    kind = "checkpoint-format"
+
+
+class TrainingLoss(Extension):
+    """See `ldmkit_training_losses`."""
+
+    kind = "training-loss"
+
+
+class DataSource(Extension):
+    """See `ldmkit_data_sources`."""
+
+    kind = "data-source"
+
+
+class GuidanceMethod(Extension):
+    """See `ldmkit_guidance_methods`."""
+
+    kind = "guidance-method"
+
+
+@hookspec
+def ldmkit_tasks() -> Iterable[Task]:
+    """What can be done with a pipeline beside drawing: `pipe.run_task("my-task", image, strength=0.5)`.
+
+    The target is a function `(pipe: ldmkit.Pipeline, *args, **kwargs) -> ldmkit.pipeline.PipelineOutput`. It calls the pipeline
+    as often as it likes; what it does not know of its arguments it must refuse, as functions do.
+
+    >>> from ldmkit.plugin.spec import Task, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_tasks():
+    ...     return [Task(name="variations", target="my_package.tasks:variations", summary="An image, drawn again.")]
+    >>> ldmkit_tasks()[0].name
+    'variations'
+    """
+    raise AssertionError("a hook specification is never called")
+
+
+@hookspec
+def ldmkit_checkpoint_formats() -> Iterable[CheckpointFormat]:
+    """Layouts that `Pipeline.from_pretrained` and `from_single_file` read beside those of ldmkit itself, files or folders.
+
+    The target is an object with two functions. `detect(path: pathlib.Path) -> float | None` looks at names and keys
+    only, and says how sure it is, up to 1, or None; the surest format is taken, and two as sure are an error.
+    `load(path: pathlib.Path, *, dtype: torch.dtype | "auto", device: torch.device | str) -> Mapping[str, Any]` returns the
+    arguments of `ldmkit.Pipeline`, with weights in that dtype and on that device.
+
+    >>> from ldmkit.plugin.spec import CheckpointFormat, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_checkpoint_formats():
+    ...     return [CheckpointFormat(name="my-layout", target="my_package.layout:MyLayout", summary="Ours.")]
+    >>> ldmkit_checkpoint_formats()[0].kind
+    'checkpoint-format'
+    """
+    raise AssertionError("a hook specification is never called")
+
+
+@hookspec
+def ldmkit_training_losses() -> Iterable[TrainingLoss]:
+    """Distances between what a denoiser predicts and what it should, for `ldmkit train diffusion`: in the recipe,
+    `loss: {name: my-loss, delta: 0.1}`.
+
+    The target is a class with a nested `class Config(ldmkit.Config)`, built from it, whose instances are called
+    `(output_BCHW: Tensor, target_BCHW: Tensor) -> Tensor` and return one value per picture, (B,). The recipe's weighting
+    multiplies it.
+
+    >>> from ldmkit.plugin.spec import TrainingLoss, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_training_losses():
+    ...     return [TrainingLoss(name="pseudo-huber", target="my_package.losses:PseudoHuber")]
+    >>> ldmkit_training_losses()[0].name
+    'pseudo-huber'
+    """
+    raise AssertionError("a hook specification is never called")
+
+
+@hookspec
+def ldmkit_data_sources() -> Iterable[DataSource]:
+    """Where training pictures come from, beside npz files, folders and datasets: in the recipe,
+    `data: {source: {name: my-source, url: ...}, size: 64}`.
+
+    The target is a class with a nested `class Config(ldmkit.Config)`, built from it, with
+    `open(data: ldmkit.training.recipes.DataConfig, base: pathlib.Path, *, channels: int, conditioned: bool) ->
+    ldmkit.training.data.Pictures`: pictures of `data.height_width` and `channels` (3 or 1), relative paths taken from `base`,
+    with one condition each where `conditioned`. What is wrong raises `ldmkit.DataError` before training.
+
+    >>> from ldmkit.plugin.spec import DataSource, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_data_sources():
+    ...     return [DataSource(name="my-source", target="my_package.data:MySource")]
+    >>> ldmkit_data_sources()[0].name
+    'my-source'
+    """
+    raise AssertionError("a hook specification is never called")
+
+
+@hookspec
+def ldmkit_guidance_methods() -> Iterable[GuidanceMethod]:
+    """Ways to guide, in the place of classifier-free guidance: `pipe(..., guidance_method={"name": "my-way", "power": 2})`.
+
+    The target is a class with a nested `class Config(ldmkit.Config)`, built from it, whose instances are called
+    `(model: ldmkit.Model, condition: ldmkit.Condition, negative: ldmkit.Condition | None, scale: float) -> ldmkit.Denoise`.
+    `negative` is None where the call has none; `scale` is the call's guidance_scale. The result is called with (x, level) at
+    every evaluation of a run and returns the guided estimate of x0.
+
+    >>> from ldmkit.plugin.spec import GuidanceMethod, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_guidance_methods():
+    ...     return [GuidanceMethod(name="my-way", target="my_package.guidance:MyWay")]
+    >>> ldmkit_guidance_methods()[0].name
+    'my-way'
+    """
+    raise AssertionError("a hook specification is never called")
+
+
+EXTENSIONS: dict[str, type[Extension]] = {
+    "ldmkit_tasks": Task,
+    "ldmkit_checkpoint_formats": CheckpointFormat,
+    "ldmkit_training_losses": TrainingLoss,
+    "ldmkit_data_sources": DataSource,
+    "ldmkit_guidance_methods": GuidanceMethod,
+}
+"""What each of these hooks offers."""
+EXTENSION_KINDS = tuple(extension.kind for extension in EXTENSIONS.values())
 
 
 @hookspec

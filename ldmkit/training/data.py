@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ldmkit.errors import DataError, MissingDependencyError
+from ldmkit.plugin.registry import build
 from ldmkit.training.recipes import DataConfig
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -79,8 +80,27 @@ def open_pictures(config: DataConfig, base: Path, *, channels: int, conditioned:
         return _open_npz(config, base / config.npz, channels, conditioned)
     if config.folder is not None:
         return _open_folder(config, base / config.folder, channels, conditioned, progress)
+    if config.source is not None:
+        values = dict(config.source)
+        source = build("data-source", values.pop("name"), **values)
+        return _checked_source(
+            source.open(config, base, channels=channels, conditioned=conditioned), config, channels, conditioned
+        )
     assert config.dataset is not None
     return _open_dataset(config, base / config.dataset, channels, conditioned, progress)
+
+
+def _checked_source(pictures: Any, config: DataConfig, channels: int, conditioned: bool) -> Pictures:
+    """What a plugin's source opened, once its first picture is what it must be. Raises: DataError."""
+    name = config.source["name"] if config.source else ""
+    if not isinstance(pictures, Pictures) or not len(pictures):
+        raise DataError(f"data.source {name!r} must open ldmkit.training.data.Pictures, at least one, and opened {pictures!r}")
+    first, wanted = pictures.read([0]), (1, *config.height_width, channels)
+    if first.shape != wanted or first.dtype != np.uint8:
+        raise DataError(f"data.source {name!r} must read uint8 {wanted}, and read {first.dtype} {first.shape}")
+    if conditioned and (pictures.conditions is None or len(pictures.conditions) != len(pictures)):
+        raise DataError(f"data.source {name!r} must have one condition for each of its {len(pictures)} pictures")
+    return pictures
 
 
 # --------------------------------------------------------------------------------------------------------------------- npz

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ldmkit.errors import ConfigError
 from ldmkit.images import grid
 from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoiser, Levels
 from ldmkit.pipeline import Pipeline
+from ldmkit.plugin.registry import build
 from ldmkit.prediction import Prediction
 from ldmkit.schedule import CLEAN, NoiseSchedule
 from ldmkit.training.data import Pictures, open_pictures
@@ -56,8 +57,10 @@ class DiffusionObjective(nn.Module):
         prediction: Prediction,
         weighting: WeightingConfig,
         frozen: bool = False,
+        distance: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.distance = distance
         self.denoiser, self.conditioner, self.frozen = denoiser, conditioner, frozen
         self.prediction, self.weighting = prediction, weighting
         levels = [schedule.level(t) for t in range(schedule.num_train_timesteps)]
@@ -80,7 +83,7 @@ class DiffusionObjective(nn.Module):
         alpha_B, sigma_B = self.alphas_T[t_B], self.sigmas_T[t_B]
         return diffusion_loss(
             self.denoiser, self.prediction, x0_BCHW, condition, noise_BCHW, alpha_B=alpha_B, sigma_B=sigma_B, t_B=t_B,
-            weight_B=level_weight(self.weighting, self.prediction, alpha_B, sigma_B),
+            weight_B=level_weight(self.weighting, self.prediction, alpha_B, sigma_B), distance=self.distance,
         )  # fmt: skip
 
 
@@ -126,7 +129,7 @@ class DiffusionStage(Stage):
         self.objectives = {
             "diffusion": DiffusionObjective(
                 self.denoiser, self.conditioner, schedule=self.schedule, prediction=self.prediction, weighting=recipe.weighting,
-                frozen=recipe.freeze_conditioner,
+                frozen=recipe.freeze_conditioner, distance=_distance(recipe),
             )
         }  # fmt: skip
         self._order = Order(recipe.seed, len(self.pictures), recipe.batch_size)
@@ -228,6 +231,15 @@ class DiffusionStage(Stage):
 def _part_folder(folder: Path) -> Path:
     """Stage one's own folder stands for the part inside it."""
     return folder / "autoencoder" if not (folder / "part.json").exists() and (folder / "autoencoder").is_dir() else folder
+
+
+def _distance(recipe: DiffusionRecipe) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What a plugin offers under the recipe's `loss`; None for the squared error."""
+    if recipe.loss is None:
+        return None
+    values = dict(recipe.loss)
+    distance: Callable[[Tensor, Tensor], Tensor] = build("training-loss", values.pop("name"), **values)
+    return distance
 
 
 def _conditioner(recipe: DiffusionRecipe, base: Path) -> Conditioner | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -75,6 +76,7 @@ def diffusion_loss(
     sigma_B: Tensor,
     t_B: Tensor,
     weight_B: Tensor | None = None,
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """weight x mean squared error of the raw prediction (Ho et al. 2020, eq. 14, generalised to any target), (B,).
 
@@ -83,11 +85,15 @@ def diffusion_loss(
         noise_BCHW: standard normal.
         alpha_B, sigma_B, t_B: the level of each picture: x = alpha x0 + sigma noise, and the time the network is told.
         weight_B: see `level_weight`; 1 where not given.
+        distance: (output, target) => (B,), instead of the mean squared error.
     """
     shape = (-1, *[1] * (x0_BCHW.ndim - 1))
     scale_B = torch.sqrt(alpha_B.square() + sigma_B.square())
     x_BCHW = (alpha_B / scale_B).view(shape) * x0_BCHW + (sigma_B / scale_B).view(shape) * noise_BCHW
     output = denoiser(x_BCHW, t_B, condition)
     target = prediction.target(x0_BCHW, noise_BCHW, alpha_B, sigma_B)
-    loss_B = F.mse_loss(output.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+    if distance is None:
+        loss_B = F.mse_loss(output.float(), target.float(), reduction="none").flatten(1).mean(dim=1)
+    else:
+        loss_B = distance(output.float(), target.float())
     return loss_B if weight_B is None else weight_B * loss_B

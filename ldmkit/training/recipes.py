@@ -35,12 +35,13 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class DataConfig(Config):
-    """Where pictures (and what they are conditioned on) come from. Exactly one of `npz`, `folder`, `dataset` is given.
+    """Where pictures (and their conditions) come from. Exactly one of `npz`, `folder`, `dataset`, `source` is given.
 
     Attributes:
         npz: a file with x (N, H, W, C) or (N, H, W) uint8 and, optionally, text (N,) strings or y (N,) labels.
         folder: pictures, with a metadata.jsonl of {"file_name": ..., <condition_key>: ...} where conditions are used.
         dataset: a folder that Hugging Face `datasets` wrote with save_to_disk.
+        source: what a plugin offers by name, with its config; see `ldmkit_data_sources` in ldmkit.plugin.spec.
         split: which split, where the dataset has several.
         image_key: the dataset's column of pictures.
         condition_key: the array, key or column the conditioner's inputs are read from ("text", "y", "label", ...).
@@ -54,6 +55,7 @@ class DataConfig(Config):
     npz: str | None = None
     folder: str | None = None
     dataset: str | None = None
+    source: PartSpec | None = None
     split: str | None = None
     image_key: str = "image"
     condition_key: str = "text"
@@ -65,9 +67,9 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
-        given = [name for name in ("npz", "folder", "dataset") if getattr(self, name) is not None]
+        given = [name for name in ("npz", "folder", "dataset", "source") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of npz, folder, dataset; got {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of npz, folder, dataset, source; got {', '.join(given) or 'none'}")
         return self
 
     @property
@@ -229,6 +231,8 @@ class DiffusionRecipe(Recipe):
 
     Attributes:
         autoencoder: a folder written by stage one, or by save_part.
+        loss: a distance that a plugin offers by name, with its config; the squared error where None. See
+            `ldmkit_training_losses` in ldmkit.plugin.spec.
         guidance_dropout: share of pictures whose condition is replaced by the conditioner's null input.
         freeze_conditioner: train the denoiser only.
         conditioner_lr: the conditioner's learning rate after warm-up; the optimizer's where None. A text encoder that starts
@@ -249,6 +253,7 @@ class DiffusionRecipe(Recipe):
     prediction: Prediction.Config = Prediction.Config()
     guidance_dropout: float = Field(0.1, ge=0, le=1)
     weighting: WeightingConfig = WeightingConfig()
+    loss: PartSpec | None = None
     cache_latents: bool = True
     cache_dtype: Literal["float16", "float32"] = "float16"
     preview: PreviewConfig | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -19,6 +20,7 @@ from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeErr
 from ldmkit.interfaces import Condition, Conditioner
 from ldmkit_text.packed import read_packed
 from ldmkit_text.prompts import PromptEncoder, check_prompts
+from ldmkit_text.weighting import chunks, emphasise, parse
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -136,25 +138,60 @@ class CLIPTextConditioner(Conditioner):
         if config.projection_dim is not None:
             self.text_projection = model.text_projection
 
-    def check(self, inputs: Sequence[Any]) -> None:
-        """Raise InputTypeError or InputError unless the inputs are a list of strings."""
+    def check(self, inputs: Sequence[Any], *, prompt_syntax: str = "plain") -> None:
+        """Raise InputTypeError or InputError unless the inputs are a list of strings, of that syntax."""
         check_prompts(inputs)
+        if prompt_syntax not in ("plain", "weighted"):
+            raise InputError(f"prompt_syntax = {prompt_syntax!r}: must be 'plain' or 'weighted'")
+        if prompt_syntax == "weighted":
+            for prompt in inputs:
+                parse(prompt)
 
-    def forward(self, inputs: Sequence[str], *, clip_skip: int | None = None) -> Condition:
+    def forward(
+        self, inputs: Sequence[str], *, clip_skip: int | None = None, prompt_syntax: Literal["plain", "weighted"] = "plain"
+    ) -> Condition:
         """Prompts => tokens (B, max_position_embeddings, hidden_size) and, if `pooled`, a vector (B, projection_dim).
 
         Args:
             clip_skip: take the tokens this many layers before the configured one, as in diffusers.
+            prompt_syntax: "plain" takes every character as it is, and cuts off what is beyond the window. "weighted" reads
+                `(word:1.3)`, `[word]` and BREAK, and prompts of any length, see `ldmkit_text.weighting`: tokens are then longer
+                by as many windows, and masked where prompts of a batch differ in that. A short prompt without syntax is the
+                same to the bit.
 
         Raises:
             InputTypeError, InputError: as `check`, and for a clip_skip that is no integer or leaves no layer.
 
         Warns:
-            PromptTruncatedWarning: for a prompt that does not fit, quoting what is cut off.
+            PromptTruncatedWarning: for a plain prompt that does not fit, quoting what is cut off.
         """
-        self.check(inputs)
+        self.check(inputs, prompt_syntax=prompt_syntax)
         index = self._layer_index(clip_skip)
-        ids_BL, _ = self.prompt_encoder(inputs)
+        if prompt_syntax == "plain":
+            return self._encode(self.prompt_encoder(inputs)[0], index)
+        windows = [self._windows(prompt) for prompt in inputs]
+        ids_KL, weights_KL = (torch.cat([each[i] for each in windows]) for i in range(2))
+        every = self._encode(ids_KL, index)
+        assert every.tokens_BLC is not None
+        tokens_KLC = emphasise(every.tokens_BLC, weights_KL.to(every.tokens_BLC.device))
+        counts = [len(ids) for ids, _ in windows]
+        tokens = [part.flatten(0, 1)[None] for part in tokens_KLC.split(counts)]
+        vectors = [None] * len(counts) if every.vector_BC is None else [part[:1] for part in every.vector_BC.split(counts)]
+        return Condition.cat([Condition(tokens_BLC=t, vector_BC=v) for t, v in zip(tokens, vectors, strict=True)])
+
+    def _windows(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """A weighted prompt => (ids_KL, weights_KL), one row per window."""
+        length, encoder = self.config.max_position_embeddings, self.prompt_encoder
+        start, end = (self._clip[0].config.bos_token_id, encoder.tokenizer.token_to_id(EOS))
+        cut = chunks(parse(prompt), encoder.ids, window=length - 2, comma=encoder.tokenizer.token_to_id(",</w>"))
+        ids, weights = [], []
+        for inner, own in cut:
+            padding = length - 2 - len(inner)
+            ids.append([start, *inner, end, *[encoder.pad_id] * padding])
+            weights.append([1.0, *own, 1.0, *[1.0] * padding])
+        return torch.tensor(ids), torch.tensor(weights, dtype=torch.float64)
+
+    def _encode(self, ids_BL: Tensor, index: int) -> Condition:
         output = self._clip[0](input_ids=ids_BL.to(self.embeddings.token_embedding.weight.device), output_hidden_states=True)
         tokens_BLC: Tensor = output.hidden_states[index]
         if self.config.final_layer_norm:

@@ -23,7 +23,8 @@ class PromptTruncatedWarning(UserWarning):
 class Tokenizer(Protocol):
     """What is used of `tokenizers.Tokenizer` and of the ready-made `tokenizers.implementations`."""
 
-    def encode(self, sequence: str) -> Encoding: ...
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding: ...
+    def token_to_id(self, token: str) -> int | None: ...
     def enable_truncation(self, max_length: int) -> None: ...
 
 
@@ -80,6 +81,11 @@ class PromptEncoder:
         ids_BL = torch.tensor([encoding.ids for encoding in encodings])
         mask_BL = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
         return ids_BL, mask_BL
+
+    def ids(self, text: str) -> list[int]:
+        """All token ids of a text of any length, without start and end."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return [token for window in (encoding, *encoding.overflowing) for token in window.ids]
 
     def _warn_if_cut(self, prompt: str, encoding: Encoding) -> None:
         if not encoding.overflowing:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import invalidate_caches
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +18,26 @@ from torch.nn import functional as F
 
 import ldmkit
 import ldmkit.plugin.registry as module
-from ldmkit import Condition, ConfigError, FlowSchedule, InputError, Level, NoiseSchedule, Pipeline
+from ldmkit import (
+    CheckpointError,
+    Condition,
+    ConfigError,
+    DataError,
+    FlowSchedule,
+    InputError,
+    Level,
+    NoiseSchedule,
+    Pipeline,
+    PluginError,
+    UnknownPartError,
+)
 from ldmkit.kernels import backends, geglu, third_party
-from ldmkit.plugin.manager import discover
+from ldmkit.plugin.manager import Plugin, discover
 from ldmkit.plugin.registry import Registry
+from ldmkit.plugin.spec import EXTENSIONS, CheckpointFormat
+from ldmkit.training import DiffusionRecipe, Options, train_diffusion
+from ldmkit.training.data import StoredPictures, open_pictures
+from ldmkit.training.recipes import DataConfig
 from tests.plugin.wheels import install, wheel_of
 
 GALLERY = Path(__file__).resolve().parent.parent / "example_plugins"
@@ -30,6 +49,14 @@ OFFERED = {
     ("autoencoder", "example-tiny"),
     ("conditioner", "example-bytes"),
     ("pipeline", "example-digits"),
+}
+
+EXTRAS = {
+    "task": "variations",
+    "checkpoint-format": "zipped",
+    "training-loss": "pseudo-huber",
+    "data-source": "discs",
+    "guidance-method": "rising",
 }
 
 
@@ -63,6 +90,8 @@ def test_they_are_listed(site):
     assert {plugin["entry_point"]: plugin["error"] for plugin in ours if plugin["state"] != "ok"} == {}
     assert len(ours) == len(PROJECTS)
     assert {(c["kind"], c["name"]) for plugin in ours for c in plugin["components"]} == OFFERED
+    assert [kernel["backend"] for plugin in ours for kernel in plugin["kernels"]] == ["example-wide"]
+    assert {e["kind"]: e["name"] for plugin in ours for e in plugin["extensions"]} == EXTRAS
 
 
 @pytest.mark.parametrize(("kind", "name"), sorted(OFFERED - {("pipeline", "example-digits")}))
@@ -180,3 +209,146 @@ def test_the_pipeline_bundles_them(tmp_path):
     assert makers == ["ldmkit-example-tiny", "ldmkit-example-dit", "ldmkit-example-bytes"]
     again = Pipeline.from_pretrained(saved)
     assert torch.equal(again(["seven", "a three"], seed=1, output_type="pt", progress=False).images, drawn[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------- extensions
+
+
+@pytest.fixture(scope="module")
+def digits(installed) -> Pipeline:
+    return Pipeline.from_pretrained("example-digits")
+
+
+def test_a_task_runs_by_name(digits):
+    image = torch.full((1, 1, 28, 28), 0.5)
+    options = {"prompt": "a three", "seed": 2, "output_type": "pt", "progress": False}
+    made = digits.run_task("variations", image, count=3, strength=0.5, **options).images
+    assert made.shape == (3, 1, 28, 28)
+    assert torch.equal(made, digits(image=image, strength=0.5, num_images_per_prompt=3, **options).images)
+    with pytest.raises(UnknownPartError, match=r"no task is called 'variation'; did you mean 'variations'\?"):
+        digits.run_task("variation", image)
+    with pytest.raises(InputError, match="a task is loaded, not built"):
+        ldmkit.build("task", "variations")
+
+
+def test_a_checkpoint_format_is_recognised_and_read(digits, tmp_path, monkeypatch):
+    folder = digits.save_pretrained(tmp_path / "digits")
+    file = Path(shutil.make_archive(str(tmp_path / "model"), "zip", folder))
+    draw = {"seed": 1, "output_type": "pt", "progress": False}
+    wanted = digits("two", **draw).images
+    assert torch.equal(Pipeline.from_pretrained(file)("two", **draw).images, wanted)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(Pipeline.from_pretrained("model.zip")("two", **draw).images, wanted)
+    small = Pipeline.from_pretrained(file, dtype=torch.bfloat16, sampler="euler")
+    assert (small.dtype, type(small.sampler).__module__) == (torch.bfloat16, "ldmkit_samplers.euler")
+    assert torch.equal(Pipeline.from_single_file(file)("two", **draw).images, wanted)
+    with pytest.raises(InputError, match=r"model\.zip is read by a plugin's checkpoint format"):
+        Pipeline.from_single_file(file, ema=True)
+    (tmp_path / "other.bin").write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match=r"other\.bin is not a folder, and no plugin's checkpoint format recognises it"):
+        Pipeline.from_pretrained(tmp_path / "other.bin")
+    zipped = ldmkit.part_class("checkpoint-format", "zipped")
+    monkeypatch.setattr(zipped, "detect", staticmethod(lambda path: 7))
+    with pytest.raises(PluginError, match=r"'zipped' answered 7 for .* it must be from 0 to 1, or None"):
+        Pipeline.from_pretrained(file)
+
+
+def test_two_formats_as_sure_are_an_error(tmp_path, monkeypatch):
+    rows = [CheckpointFormat(name=name, target="both:Both") for name in ("one", "two")]
+    plugins = [Plugin(entry_point=row.name, module="both", distribution=row.name, extensions=(row,)) for row in rows]
+    monkeypatch.setattr(module, "_registry", Registry(plugins))
+    both = SimpleNamespace(detect=lambda path: 0.5, load=lambda path: {})
+    monkeypatch.setitem(sys.modules, "both", SimpleNamespace(Both=both))
+    with pytest.raises(CheckpointError, match=r"formats 'one' and 'two' are equally sure \(0\.5\)"):
+        Pipeline.from_pretrained(tmp_path)
+
+
+def test_a_guidance_method_takes_the_place_of_classifier_free(digits):
+    draw = {"seed": 1, "output_type": "latent", "progress": False, "guidance_scale": 3.0}
+    ordinary, level = (
+        digits("two", **draw).images,
+        digits("two", guidance_method={"name": "rising", "power": 0.0}, **draw).images,
+    )
+    torch.testing.assert_close(level, ordinary)
+    rising = digits("two", guidance_method="rising", **draw).images
+    assert not torch.allclose(rising, ordinary)
+    with pytest.raises(InputError, match="guidance_method takes the place of classifier-free guidance"):
+        digits("two", guidance_method="rising", guidance_rescale=0.5, **draw)
+    with pytest.raises(ConfigError, match="unknown key 'powr'"):
+        digits("two", guidance_method={"name": "rising", "powr": 1.0}, **draw)
+
+
+def test_a_loss_and_a_data_source_train(tmp_path):
+    """A recipe that names both; the pseudo-Huber loss is the squared error where delta is large."""
+    ldmkit.save_part(ldmkit.build("autoencoder", "example-tiny"), tmp_path / "autoencoder")
+    recipe = {
+        "data": {"source": {"name": "discs", "count": 8}, "size": 16},
+        "autoencoder": "autoencoder",
+        "denoiser": {"name": "example-dit", "condition_size": 8},
+        "conditioner": {"name": "example-bytes", "hidden_size": 8},
+        "batch_size": 4,
+        "steps": 2,
+        "log_every": 1,
+        "mixed_precision": "no",
+    }
+
+    def train(name: str, **more: object) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            train_diffusion(
+                DiffusionRecipe.parse(recipe | more), Options(out=tmp_path / name, device="cpu", progress=False), base=tmp_path
+            )
+        return Pipeline.from_pretrained(tmp_path / name / "pipeline").denoiser.state_dict()
+
+    def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+        return max(float((one[key] - other[key]).abs().max()) for key in one)
+
+    squared = train("squared")
+    near, far = (train(name, loss={"name": "pseudo-huber", "delta": delta}) for name, delta in (("near", 100.0), ("far", 0.01)))
+    assert apart(squared, near) < apart(squared, far)
+    with pytest.raises(ConfigError, match="unknown key 'delt'"):
+        train("wrong", loss={"name": "pseudo-huber", "delt": 1.0})
+    with pytest.raises(ConfigError, match="exactly one of npz, folder, dataset, source; got npz, source"):
+        train("both", data=recipe["data"] | {"npz": "x.npz"})
+
+
+def made_of(*shape: int, conditions: list[str] | None = None) -> StoredPictures:
+    return StoredPictures(np.zeros(shape, np.uint8), conditions)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "told"),
+    [
+        ([], "must open ldmkit.training.data.Pictures"),
+        (made_of(0, 16, 16, 3), "at least one"),
+        (made_of(2, 8, 16, 3), "must read uint8 (1, 16, 16, 3), and read uint8 (1, 8, 16, 3)"),
+        (made_of(2, 16, 16, 3, conditions=["a"]), "one condition for each of its 2 pictures"),
+    ],
+)
+def test_a_source_that_breaks_its_word_is_an_error(monkeypatch, tmp_path, pictures, told):
+    monkeypatch.setattr(ldmkit.part_class("data-source", "discs"), "open", lambda *_, **__: pictures)
+    config = DataConfig(source={"name": "discs"}, size=16)
+    with pytest.raises(DataError, match=re.escape(told)):
+        open_pictures(config, tmp_path, channels=3, conditioned=True)
+
+
+WRONG = {
+    "task": ("number = 3", "lacks __call__"),
+    "checkpoint-format": ("class number: detect = print", "lacks load, which a checkpoint-format must have"),
+    "training-loss": ("class number: Config = 3", "must be a class with __call__ and a nested class Config"),
+    "data-source": ("import ldmkit\nclass number:\n class Config(ldmkit.Config): ...", "must be a class with open"),
+    "guidance-method": ("def number(): ...", "must be a class with __call__"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_target_that_is_not_what_its_hook_demands(kind, tmp_path, monkeypatch):
+    source, told = WRONG[kind]
+    name = f"wrong_target_{kind.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    (cls,) = (cls for cls in EXTENSIONS.values() if cls.kind == kind)
+    row = cls(name="wrong", target=f"{name}:number")
+    plugin = Plugin(entry_point="wrong", module="m", distribution="wrong", extensions=(row,))
+    with pytest.raises(PluginError, match=re.escape(told)):
+        Registry([plugin]).load(kind, "wrong")

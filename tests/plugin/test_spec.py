@@ -1,8 +1,10 @@
 """The specification: every hook is documented by an example that runs, and names are well-formed."""
 
 import doctest
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,8 +13,10 @@ from hypothesis import strategies as st
 from ldmkit.errors import PluginError
 from ldmkit.plugin import spec
 from ldmkit.plugin.manager import hook_names
+from ldmkit.plugin.registry import CALLED_AS_THEY_ARE, CALLED_WHEN_BUILT
 from ldmkit.plugin.spec import Component
 
+GALLERY = Path(__file__).resolve().parent.parent / "example_plugins"
 WORD = st.text("abcxyz0189", min_size=1, max_size=8)
 
 
@@ -24,6 +28,34 @@ def test_every_hook_has_an_example_that_runs(hook):
     results = doctest.DocTestRunner().run(test)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("hook", hook_names())
+def test_every_hook_is_implemented_in_the_gallery_whose_tests_run_it(hook):
+    sources = [path.read_text() for path in GALLERY.glob("*/src/*/__init__.py")]
+    assert any(f"@hookimpl\ndef {hook}()" in source for source in sources)
+
+
+@pytest.mark.parametrize("hook", sorted(spec.EXTENSIONS))
+def test_every_hook_says_what_its_targets_are(hook):
+    assert re.search(r"The target is an? \w+ .*`", " ".join(getattr(spec, hook).__doc__.split()))
+
+
+def test_every_kind_of_extension_has_its_hook_and_its_check():
+    assert sorted([*CALLED_AS_THEY_ARE, *CALLED_WHEN_BUILT]) == sorted(spec.EXTENSION_KINDS)
+    assert {"ldmkit_api", "ldmkit_components", "ldmkit_kernels", *spec.EXTENSIONS} == set(hook_names())
+
+
+@pytest.mark.parametrize("extension", spec.EXTENSIONS.values())
+def test_extensions_are_checked_data(extension):
+    made = extension(name="my-own", target="a.b:c")
+    assert made == extension(name="my-own", target="a.b:c")
+    with pytest.raises(AttributeError):
+        made.name = "y"
+    with pytest.raises(PluginError, match=f"{extension.kind} 'My': use lower-case words"):
+        extension(name="My", target="a.b:c")
+    with pytest.raises(PluginError, match=r"is not of the form 'package\.module:object'"):
+        extension(name="x", target="a.b")
 
 
 def test_the_module_a_plugin_author_imports_is_light():

@@ -66,7 +66,7 @@ def test_mistakes_are_named(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("{size: 16}", "exactly one of npz, folder, dataset; got none"),
+        ("{size: 16}", "exactly one of npz, folder, dataset, source; got none"),
         ("{npz: a, folder: b, size: 16}", "got npz, folder"),
         ("{npz: a, size: 0}", "data.size"),
         ("{npz: a}", "key 'data.size' is required"),
