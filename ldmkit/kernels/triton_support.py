@@ -52,6 +52,7 @@ class StaticCase:
         aligned: arguments that are multiples of 16: pointers, in bytes; whole numbers.
         options: num_warps, num_stages.
         dot: it multiplies matrices, so tensor-core instructions are expected.
+        vectors: False where rows start at any element, so that loads of one are what there is.
         dispatched: False where no call of ours launches it, so that spills are only reported.
         architectures: the compute capabilities it is for, times ten; empty is all.
     """
@@ -63,6 +64,7 @@ class StaticCase:
     aligned: Sequence[str]
     options: Mapping[str, int] = field(default_factory=dict)
     dot: bool = False
+    vectors: bool = True
     dispatched: bool = True
     architectures: Sequence[int] = ()
 

@@ -77,7 +77,7 @@ def check_triton(module: str, *, architectures: Sequence[int] = ARCHITECTURES, e
 
     Args:
         module: "ldmkit.kernels.geglu.triton", say.
-        every: all cases; otherwise one in half precision for each kernel.
+        every: all cases; otherwise one in half precision for each kernel and mode.
 
     Raises:
         KernelError: a kernel does not compile.
@@ -93,13 +93,14 @@ def check_triton(module: str, *, architectures: Sequence[int] = ARCHITECTURES, e
     return [Compiled(**{**row, "wrong": tuple(row["wrong"]), "noted": tuple(row["noted"])}) for row in rows]
 
 
-def representative(cases: Iterable[StaticCase], architectures: Sequence[int]) -> Iterator[StaticCase]:
-    """The first case in half precision of each kernel, for one of these architectures."""
+def representative(cases: Iterable[StaticCase], architecture: int) -> Iterator[StaticCase]:
+    """The first case in half precision of each kernel in each of its modes, for one architecture."""
     seen = set()
     for case in cases:
-        here = not case.architectures or set(case.architectures) & set(architectures)
-        if here and case.kernel not in seen and _dtype(case) == "low":
-            seen.add(case.kernel)
+        here = not case.architectures or architecture in case.architectures
+        which = (case.kernel, case.constants.get("MODE"))
+        if here and which not in seen and _dtype(case) == "low":
+            seen.add(which)
             yield case
 
 
@@ -139,7 +140,7 @@ def _rules(case: StaticCase, ptx: str, stack: int) -> tuple[list[str], list[str]
     if dtype == "low" and case.dot and not _TENSOR_CORES.search(ptx):
         wrong.append("no tensor-core instructions")
     narrow, wide = _loaded(ptx)
-    if dtype == "low" and case.aligned and narrow > wide:
+    if dtype == "low" and case.aligned and case.vectors and narrow > wide:
         wrong.append(f"{narrow} bytes are loaded one element at a time, {wide} in wider loads")
     return wrong, noted
 
@@ -223,12 +224,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", help="a module with static_cases(), or the name of an op")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--every", action="store_true", help="all cases, not one for each kernel")
+    parser.add_argument("--every", action="store_true", help="all cases, not one for each kernel and mode")
     args = parser.parse_args()
     module = importlib.import_module(args.module if "." in args.module else f"ldmkit.kernels.{args.module}.triton")
-    for case in module.static_cases() if args.every else representative(module.static_cases(), args.arch):
-        for architecture in args.arch if not case.architectures else set(args.arch) & set(case.architectures):
-            print(json.dumps(asdict(compile_case(case, architecture))), flush=True)
+    for architecture in args.arch:
+        for case in module.static_cases() if args.every else representative(module.static_cases(), architecture):
+            if not case.architectures or architecture in case.architectures:
+                print(json.dumps(asdict(compile_case(case, architecture))), flush=True)
 
 
 if __name__ == "__main__":

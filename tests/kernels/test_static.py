@@ -24,7 +24,7 @@ def clean(rows):
 
 @pytest.mark.parametrize("module", TRITON)
 def test_triton_kernels(module):
-    assert clean(check_triton(module, architectures=(90,), every=False))
+    assert clean(check_triton(module, every=False))
 
 
 @pytest.mark.exhaustive

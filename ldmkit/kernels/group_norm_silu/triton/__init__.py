@@ -22,7 +22,7 @@ from ldmkit.kernels.triton_support import TRITON_DTYPES, StaticCase, interpretin
 # Elements: of a tile in a loop, and of one kept in registers; bytes: of a slice that one program takes, and of a part. In the
 # interpreter all are so small that small shapes come through every mode.
 TILE, KEPT, ALONE, PART = (256, 512, 2048, 512) if interpreting() else (4096, 16384, 98304, 32768)
-PARAMETER_CHANNELS, PARAMETER_ROWS = 16, 64
+PARAMETER_CHANNELS, PARAMETER_ROWS, PARAMETER_WARPS = 16, 64, 8
 PARTS = 256
 """At most: every program of the second launch joins the parts of its groups."""
 CHANNELS = 4096
@@ -64,7 +64,8 @@ def plan(channels: int, pixels: int, groups: int, itemsize: int, last: bool, bac
         "PARTS": triton.next_power_of_2(parts),
         "SINGLE": single,
     }
-    warps = min(8, max(1, channels_2 * block * share // 1024))
+    per_warp = 512 if backward and last and not single else 1024  # such a thread has sums of 8 channels, and would spill
+    warps = min(8, max(1, channels_2 * block * share // per_warp))
     return Plan(groups // slice_groups, parts, once, constants, warps)
 
 
@@ -179,7 +180,7 @@ def backward(
             D=cut.constants["D"],
             CHANNELS=some,
             ROWS=PARAMETER_ROWS,
-            num_warps=4,
+            num_warps=PARAMETER_WARPS,
         )
     return grad_x, grad_weight, grad_bias, grad_shift
 
@@ -222,6 +223,7 @@ def _static_case(kernel: Any, dtype: torch.dtype, cut: Plan, mode: str, whole: b
         constants=constants,
         aligned=tuple(types),
         options={"num_warps": cut.warps},
+        vectors=constants["UNIT_C" if constants["LAST"] else "UNIT_S"] > 1,
     )
 
 
@@ -236,5 +238,5 @@ def _static_parameters(dtype: torch.dtype) -> StaticCase:
         signature={n: types.get(n, "i32") for n in parameters_kernel.arg_names if n not in constants},
         constants=constants,
         aligned=tuple(types),
-        options={"num_warps": 4},
+        options={"num_warps": PARAMETER_WARPS},
     )
