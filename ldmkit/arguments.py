@@ -245,21 +245,6 @@ def with_eta(sampler: Sampler, eta: float | None) -> Sampler:
     return type(sampler)(sampler.config.replace(eta=number("eta", eta, low=0)))
 
 
-def check_task(sampler: Sampler, *, image: bool, blending: bool, resume: bool) -> None:
-    """Raise InputError for what the sampler says it cannot do. One that says nothing of itself can do everything."""
-    facts, name = sampler.facts, type(sampler).__name__
-    if facts is None:
-        return
-    if not (image or facts.from_noise):
-        raise InputError(f"{name} cannot start from noise; give image=")
-    if image and not facts.image_to_image:
-        raise InputError(f"{name} cannot start from an image; use another sampler")
-    if blending and not facts.inpainting:
-        raise InputError(f"{name} cannot keep a part of an image (mask_image); use another sampler")
-    if resume and not facts.resume:
-        raise InputError(f"{name} cannot resume a run; use another sampler")
-
-
 def levels(
     sampler: Sampler,
     schedule: Schedule,

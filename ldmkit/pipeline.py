@@ -412,8 +412,6 @@ class Pipeline:
             sampler, self.schedule, num_inference_steps, timesteps, sigmas, default=given.num_inference_steps
         )
         self.prediction.check(levels)
-        blending = mask_image is not None and self.denoiser.in_channels == self.autoencoder.latent_channels
-        arguments.check_task(sampler, image=image is not None, blending=blending, resume=resume is not None)
         earlier = resumed(resume, seed=seed, first_image=first_image, generator=generator, sampler=sampler)
         if earlier is not None:
             seed, first_image = earlier.seed, earlier.first_image

@@ -163,6 +163,8 @@ def resumed(resume: Any, *, seed: Any, first_image: int, generator: Any, sampler
             raise InputError(f"{name} = {given} was given, but the run to resume has {name} = {had}; leave it out")
     if (now := describe(sampler)) != run.sampler:
         raise InputError(f"the run to resume is of the sampler {run.sampler}, this call's is {now}")
+    if sampler.facts is not None and not sampler.facts.resume:
+        raise InputError(f"{type(sampler).__name__} cannot resume a run; take it from its start, or take another sampler")
     if run.state.done:
         raise InputError(f"the run to resume has taken all its {run.state.levels.num_steps} steps")
     return run

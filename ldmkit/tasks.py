@@ -192,8 +192,6 @@ def prepare_task(
         strength = 0.8 if mask_image is None and not run.levels.rising else 1.0
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
         raise InputError(f"strength = {strength!r}: must be a number from 0 to 1")
-    if run.levels.rising and strength != 1:
-        raise InputError(f"strength = {strength:g}: inversion leads an image all the way up to its noise; leave strength out")
     pixels = _pixels(run, image, size)
     if mask_image is not None:
         return _inpainting(run, pixels, mask_image, strength, latents, resize=size != (None, None))

@@ -123,7 +123,7 @@ def test_every_sampler_does_every_task_and_goes_on_to_the_same_bits(
 ) -> None:
     facts = part_class("sampler", sampler).facts
     if not {"text": facts.from_noise, "image": facts.image_to_image, "inpaint": facts.inpainting}[task]:
-        with pytest.raises(InputError, match=r"Sampler cannot (start from noise|keep a part)"):
+        with pytest.raises(InputError, match=r"Sampler (does not start from noise|cannot keep a part)"):
             draw(pipe, sampler, **TASKS[task])
         return
     whole = draw(pipe, sampler, **TASKS[task])
@@ -187,17 +187,14 @@ def test_samplers_that_cannot_say_so_before_any_work(pipe: Pipeline, monkeypatch
     handle = pipe.denoiser.register_forward_pre_hook(lambda *_: pytest.fail("the denoiser ran"))
     try:
         for fact, options, message in (
-            ("from_noise", {}, "DDIMSampler cannot start from noise; give image="),
-            ("image_to_image", TASKS["image"], "DDIMSampler cannot start from an image"),
-            ("inpainting", TASKS["inpaint"], "DDIMSampler cannot keep a part of an image"),
+            ("from_noise", {}, "DDIMSampler does not start from noise"),
+            ("image_to_image", TASKS["image"], "DDIMSampler starts from noise only"),
+            ("inpainting", TASKS["inpaint"], "DDIMSampler cannot keep a part of the image"),
             ("resume", {"resume": half}, "DDIMSampler cannot resume a run"),
         ):
             monkeypatch.setattr(part_class("sampler", "ddim"), "facts", dataclasses.replace(facts, **{fact: False}))
             with pytest.raises(InputError, match=message):
                 draw(pipe, "ddim", **options)
-        monkeypatch.undo()
-        with pytest.raises(InputError, match=r"strength = 0\.5: inversion leads an image all the way up"):
-            draw(pipe, "ddim-inverse", image=BITS, strength=0.5)
     finally:
         handle.remove()
 

@@ -40,7 +40,6 @@ class DDIMInverseSampler(Sampler):
         source="Song et al. 2021, arXiv:2010.02502",
         from_noise=False,
         inpainting=False,
-        resume=False,
     )
 
     def __init__(self, config: DDIMInverseSampler.Config) -> None:
