@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import ldmkit
-from ldmkit import Autoencoder, Posterior
+from ldmkit import Autoencoder, InputError, Posterior
 
 
 class TinyAutoencoder(Autoencoder):
@@ -51,7 +51,14 @@ class TinyAutoencoder(Autoencoder):
         )
 
     def encode(self, x_BCHW: Tensor) -> Posterior:
-        """Raw pixels in [-1, 1] => certain final latents, (B, latent_channels, H/4, W/4)."""
+        """Raw pixels in [-1, 1] => certain final latents, (B, latent_channels, H/4, W/4).
+
+        Raises:
+            InputError: for a height or width that is no multiple of 4.
+        """
+        height, width = x_BCHW.shape[2:]
+        if height % self.downscale or width % self.downscale:
+            raise InputError(f"a picture of {height} x {width}: both must be multiples of {self.downscale}; crop or resize it")
         return Certain(self.encoder(x_BCHW) * self.config.latent_scale)
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
