@@ -27,6 +27,7 @@ OF_ITS_OWN = {
     "group_norm_silu": set(),
     "pipeline": {"overhead", "latents_differ_by"},
     "plugins_startup": {"seconds_each"},
+    "sampler_overhead": {"percent_of_network"},
     "startup": {"own_seconds"},
     "unet_step": {"outputs_differ_by", "kernels", "peak_mib"},
 }
