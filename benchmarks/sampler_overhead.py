@@ -59,10 +59,11 @@ class Given:
 
 
 def ours(sampler: Sampler, x: Tensor, answer: Tensor, noise: Tensor) -> Run:
-    """A whole run of our sampler; reading the network's noise as x0 is part of it."""
-    levels, prediction, given = sampler.levels(NoiseSchedule(), STEPS), Prediction(), Given(noise)
+    """A whole run of our sampler, from its levels on; reading the network's noise as x0 is part of it."""
+    schedule, prediction, given = NoiseSchedule(), Prediction(), Given(noise)
 
     def run() -> Tensor:
+        levels = sampler.levels(schedule, STEPS)
         start = None if sampler.facts is None or sampler.facts.from_noise else x
         state = sampler.init(x, levels, start=start)
         while not state.done:
@@ -73,7 +74,7 @@ def ours(sampler: Sampler, x: Tensor, answer: Tensor, noise: Tensor) -> Run:
 
 
 def theirs(name: str, x: Tensor, answer: Tensor, noise: Tensor) -> Run:
-    """A whole run of diffusers' scheduler."""
+    """A whole run of diffusers' scheduler, from its times on."""
     cls, options = SCHEDULERS[name]
     peer: Any = cls(**BETAS, **options)
     module: Any = peer.step.__func__.__globals__
