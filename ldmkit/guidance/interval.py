@@ -1,4 +1,4 @@
-"""Guidance in a limited interval of noise levels: Kynkäänniemi et al. 2024, arXiv:2404.07724, section 3."""
+"""Guidance in a limited interval of noise levels: Kynkäänniemi et al. 2024, arXiv:2404.07724."""
 
 from __future__ import annotations
 
