@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train an autoencoder or a diffusion model from a recipe",
     "plugins": "list the installed plugins, their parts, and what is wrong with those that failed",
     "samplers": "list the samplers: order of convergence, evaluations a step, noise, source",
+    "inspect": "say what a weights file or a model's folder is, without loading it",
     "schema": "print the JSON schema of a part's config",
     "kernels": "show which kernels this machine has and which are chosen",
     "verify": "check kernels on this machine against the contract: exact, deterministic, safe",

@@ -20,7 +20,7 @@ from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.folders import write_folder
 from ldmkit.checkpoints.formats import read_foreign
 from ldmkit.checkpoints.parts import DType
-from ldmkit.checkpoints.pipelines import read_pipeline, write_pipeline
+from ldmkit.checkpoints.pipelines import located, read_pipeline, write_pipeline
 from ldmkit.checkpoints.single_file import read_single_file
 from ldmkit.config import Config
 from ldmkit.conjunction import And
@@ -214,6 +214,8 @@ class Pipeline:
         device: torch.device | str = "cpu",
         variant: str | None = None,
         strict: bool = True,
+        allow_download: bool = False,
+        revision: str | None = None,
         **parts: PartLike,
     ) -> Self:
         """Load a folder written by `save_pretrained` or by diffusers, or a pipeline that a plugin registers by name ("emoji").
@@ -222,6 +224,7 @@ class Pipeline:
             dtype: floating-point type of the weights (`torch_dtype` is accepted too); float32 if not given, "auto" = as stored.
             variant: of a folder in the diffusers layout, "fp16" reads `*.fp16.safetensors`.
             strict: whether keys that a part does not have are errors (see `accounting`); else they are left out with a warning.
+            allow_download: fetch "owner/model" from the Hugging Face hub; `revision` is then its full commit hash.
             parts: replacements, as for the constructor (`sampler="euler"`); a replaced part is not read. A component of a
                 diffusers folder that has no part here may be given as None (`safety_checker=None`).
 
@@ -232,6 +235,7 @@ class Pipeline:
         """
         known = _check_parts(cls, "from_pretrained", parts)
         wanted = _wanted_dtype(dtype, torch_dtype)
+        name_or_folder = located(name_or_folder, allow_download=allow_download, revision=revision, variant=variant)
         read = read_pipeline(name_or_folder, dtype=wanted, device=device, variant=variant, strict=strict, without=parts)
         accounting = read.pop("accounting", {})
         pipe = cls(**{**read, **{name: part for name, part in parts.items() if name in known}})

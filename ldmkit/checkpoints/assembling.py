@@ -82,6 +82,20 @@ def assemble(
     Raises:
         ConfigError, UnknownPartError, ArchitectureMismatchError, CheckpointError.
     """
+    part, tensors, accounting = prepare(kind, sources, tokenizers)
+    if accounting.unexpected and not strict:
+        accounting = _forgiving(accounting)
+    return fill(part, tensors, accounting, dtype=dtype, device=device), accounting
+
+
+def prepare(
+    kind: str, sources: Mapping[str, Source], tokenizers: Mapping[str, Path]
+) -> tuple[Any, dict[str, Tensor], Accounting]:
+    """The part without weights, the tensors meant for it under its names, and the accounting of both.
+
+    Raises:
+        ConfigError, UnknownPartError, CheckpointError.
+    """
     cls = part_class(kind, "+".join(source.class_name for source in sources.values()))
     configs = {name: {"_class_name": source.class_name, **source.config} for name, source in sources.items()}
     where = " and ".join(dict.fromkeys(source.where for source in sources.values()))
@@ -107,9 +121,7 @@ def assemble(
                     raise CheckpointError(f"{where}: {origins[ours]} and {key} are both {ours} of {cls.__name__}")
                 tensors[ours], origins[ours] = made, key
     accounting = Accounting.of(part.state_dict(), tensors, source=where, model=cls.__name__, origins=origins, ignored=ignored)
-    if accounting.unexpected and not strict:
-        accounting = _forgiving(accounting)
-    return fill(part, tensors, accounting, dtype=dtype, device=device), accounting
+    return part, tensors, accounting
 
 
 def _renamed(key: str, tensor: Tensor, *maps: KeyMap) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def skeleton(part_class: type[M], config: Any) -> M:
         try:
             with _EmptyOnMeta():
                 module = part_class(config)
-        except NotImplementedError:  # torch's answer to reading a number of a tensor that has none
+        except (NotImplementedError, RuntimeError):  # torch's answers to reading a number of a tensor that has none
             return part_class(config)
         stored = module.state_dict().keys()
         if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in stored):

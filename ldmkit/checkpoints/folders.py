@@ -71,26 +71,28 @@ def read_folder(
         ConfigError, UnknownPartError: for components or settings that cannot be served, by name.
     """
     check_dtype(dtype)
-    present = _components(folder, without)
+    present = components(folder, without)
     arguments: dict[str, Any] = {"accounting": {}, "conditioner": None}
     tokenizers = {name: folder / name for name in TOKENIZERS if name in present}
     for kind, names in COMPONENTS.items():
         sources = {
-            name: _source(folder / name, present[name], variant) for name in names if name in present and kind not in without
+            name: source(folder / name, present[name], variant) for name in names if name in present and kind not in without
         }
+        if not sources and kind not in without and kind != "conditioner":
+            raise CheckpointError(f"{folder / INDEX} names no {' or '.join(names)}; pass {kind}=...")
         if sources:
             part, accounting = assemble(kind, sources, tokenizers, dtype=dtype, device=device, strict=strict)
             arguments[kind], arguments["accounting"][kind] = part, accounting
     if "scheduler" in present and not {"sampler", "schedule", "prediction"} <= set(without):
-        arguments |= read_scheduler(_object(folder / "scheduler" / "scheduler_config.json"))
-    unet = _object(folder / "unet" / "config.json") if "unet" in present else {}
+        arguments |= read_scheduler(read_object(folder / "scheduler" / "scheduler_config.json"))
+    unet = read_object(folder / "unet" / "config.json") if "unet" in present else {}
     arguments["defaults"] = _defaults(unet, arguments.get("autoencoder"))
     return arguments
 
 
-def _components(folder: Path, without: Collection[str]) -> dict[str, str]:
+def components(folder: Path, without: Collection[str]) -> dict[str, str]:
     """Name and class of the components to read. Raises: ConfigError for those whose purpose is not known."""
-    index = _object(folder / INDEX)
+    index = read_object(folder / INDEX)
     given = {
         name: value
         for name, value in index.items()
@@ -109,8 +111,9 @@ def _components(folder: Path, without: Collection[str]) -> dict[str, str]:
     return {name: value[1] for name, value in given.items() if name in wanted}
 
 
-def _source(folder: Path, class_name: str, variant: str | None) -> Source:
-    config = _object(folder / "config.json")
+def source(folder: Path, class_name: str, variant: str | None) -> Source:
+    """One component's config and tensors, mapped into memory. Raises: CheckpointError."""
+    config = read_object(folder / "config.json")
     stems = [stem for stem in STEMS if any(folder.glob(f"{stem}*.safetensors*"))]
     if not stems:
         pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt") for path in folder.glob(pattern))
@@ -135,7 +138,8 @@ def _names(class_name: str, tensors: Mapping[str, Tensor]) -> KeyMap:
     return KeyMap([Rule("", ""), *legacy])
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises: CheckpointError."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")

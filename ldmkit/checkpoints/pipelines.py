@@ -11,6 +11,7 @@ import torch
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
 from ldmkit.checkpoints.folders import is_diffusers_folder, read_folder
 from ldmkit.checkpoints.formats import read_foreign
+from ldmkit.checkpoints.hub import fetch, is_hub_name
 from ldmkit.checkpoints.parts import DType, describe_part, load_part, write_part
 from ldmkit.checkpoints.weights import WEIGHT_FILES
 from ldmkit.config import Config
@@ -68,6 +69,23 @@ def resolve(name_or_folder: str | Path) -> Path:
         if path.exists():
             return path
         raise UnknownPartError(f"{name_or_folder!r} is not a folder, and {error}") from None
+
+
+def located(name_or_folder: Any, *, allow_download: bool, revision: str | None, variant: str | None) -> Any:
+    """The folder of a model on the hub where that is asked for; anything else as it is.
+
+    Raises:
+        InputError: for a revision of what is not on the hub. CheckpointError: for a hub model that may not be fetched.
+    """
+    hub = isinstance(name_or_folder, str) and is_hub_name(name_or_folder) and not Path(name_or_folder).exists()
+    if not hub and (revision is not None or allow_download):
+        raise InputError(f"{name_or_folder!r} is no name on the hub, 'owner/model'; revision and allow_download are for these")
+    if hub and not allow_download:
+        raise CheckpointError(
+            f"{name_or_folder} is not a folder. If it is a model on the Hugging Face hub: "
+            "from_pretrained(..., allow_download=True, revision=COMMIT) fetches it"
+        )
+    return fetch(name_or_folder, revision=revision, variant=variant) if hub else name_or_folder
 
 
 def read_pipeline(

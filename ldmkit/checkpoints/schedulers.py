@@ -204,7 +204,7 @@ def read_scheduler(values: Mapping[str, Any]) -> dict[str, Values]:
     if settings["beta_schedule"] not in _BETAS:
         problems.append(f"beta_schedule = {settings['beta_schedule']!r} (only {', '.join(_BETAS)} can be served)")
     prediction = settings.get("prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS:
+    if prediction not in tuple(_PREDICTIONS):  # which, unlike a dict, can be asked for anything
         problems.append(f"prediction_type = {prediction!r} (only {', '.join(_PREDICTIONS)} can be served)")
     rules = [rule for key, rule in _SIGMAS.items() if settings.get(key)]
     if len(rules) > 1:

@@ -1,0 +1,162 @@
+"""What a file or a folder is, from headers and configs: no tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ldmkit.checkpoints.assembling import prepare
+from ldmkit.checkpoints.files import read_json
+from ldmkit.checkpoints.folders import COMPONENTS, TOKENIZERS, components, is_diffusers_folder, read_object, source
+from ldmkit.checkpoints.pickles import is_pickle
+from ldmkit.checkpoints.recognise import IGNORED, recognise
+from ldmkit.checkpoints.schedulers import read_scheduler
+from ldmkit.checkpoints.single_file import family_of, read_any
+from ldmkit.checkpoints.weights import read_weights
+from ldmkit.errors import CheckpointError, LdmkitError
+
+FAMILIES = {
+    "sd1": "Stable Diffusion 1",
+    "sd2": "Stable Diffusion 2",
+    "xl": "Stable Diffusion XL",
+    "x4": "Stable Diffusion x4 upscaler",
+    "ldm": "latent diffusion",
+}
+PREDICTIONS = {"sd1": "epsilon", "sd2": "epsilon or v_prediction: keys do not tell", "x4": "v_prediction"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component: its name and class, and what its tensors amount to."""
+
+    name: str
+    class_name: str
+    keys: int
+    parameters: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        path: the file or folder.
+        layout: "CompVis single file", "diffusers folder" or "ldmkit folder".
+        architecture: in words.
+        prediction: what the denoiser predicts, where that can be known.
+        components: with their sizes.
+        ignored: keys that loading leaves out, and why.
+        unknown: keys that nothing is known of.
+        problems: why it, or a component of it, cannot be loaded as it is.
+    """
+
+    path: str
+    layout: str
+    architecture: str
+    prediction: str
+    components: list[Component]
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def inspect(path: Path, *, allow_pickle: bool = False, variant: str | None = None) -> Inspection:
+    """Look at a single file, a folder in the diffusers layout, or one of our own.
+
+    Raises:
+        CheckpointError: for what is missing, damaged or none of these. ArchitectureMismatchError: for an unknown file.
+    """
+    if not path.is_dir():
+        return _file(path, allow_pickle)
+    if is_diffusers_folder(path):
+        return _diffusers(path, variant)
+    if (path / "pipeline.json").is_file():
+        return _own(path)
+    raise CheckpointError(f"{path} holds neither model_index.json (diffusers) nor pipeline.json (ldmkit)")
+
+
+def _file(path: Path, allow_pickle: bool) -> Inspection:
+    tensors = read_any(path, allow_pickle=allow_pickle)
+    found = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    family = family_of(found)
+    own: dict[str, dict[str, Tensor]] = {component.name: {} for component in found}
+    ignored, unknown = {}, []
+    patterns = {**IGNORED, **{pattern: why for component in found for pattern, why in component.ignored.items()}}
+    for key, tensor in tensors.items():
+        reason = next((why for pattern, why in patterns.items() if re.match(pattern, key)), None)
+        owner = next((component.name for component in found if component.keymap.targets(key)), None)
+        if reason is not None:
+            ignored[key] = reason
+        elif owner is not None:
+            own[owner][key] = tensor
+        else:
+            unknown.append(key)
+    unet = next((component.config for component in found if component.name == "unet"), {})
+    inpainting = ", inpainting" if unet.get("in_channels") == 9 else ""
+    prediction = PREDICTIONS.get(family, "v_prediction" if "v_pred" in tensors else "epsilon")
+    return Inspection(
+        path=str(path),
+        layout=f"single file ({'pickle' if path.suffix != '.safetensors' and is_pickle(path) else 'safetensors'})",
+        architecture=FAMILIES[family] + inpainting,
+        prediction=prediction,
+        components=[_component(component.name, component.class_name, own[component.name]) for component in found],
+        ignored=ignored,
+        unknown=unknown,
+    )
+
+
+def _diffusers(folder: Path, variant: str | None) -> Inspection:
+    index = read_object(folder / "model_index.json")
+    present = components(folder, without=index)  # so that components of no known purpose stop nothing here
+    tokenizers = {name: folder / name for name in TOKENIZERS if name in present}
+    lines: list[Component] = []
+    ignored: dict[str, str] = {}
+    unknown: list[str] = []
+    problems: list[str] = []
+    for kind, names in COMPONENTS.items():
+        try:
+            sources = {name: source(folder / name, present[name], variant) for name in names if name in present}
+            lines += [_component(name, item.class_name, item.tensors) for name, item in sources.items()]
+            if sources:
+                _, _, accounting = prepare(kind, sources, tokenizers)
+                ignored |= {f"{kind}: {key}": why for key, why in accounting.ignored.items()}
+                unknown += [f"{kind}: {key}" for key in accounting.unexpected]
+                accounting.check()
+        except LdmkitError as error:
+            problems.append(str(error))
+    prediction = "not told"
+    if "scheduler" in present:
+        try:
+            prediction = read_scheduler(read_object(folder / "scheduler" / "scheduler_config.json"))["prediction"]["type"]
+        except LdmkitError as error:
+            problems.append(str(error))
+    return Inspection(
+        str(folder), "diffusers folder", str(index.get("_class_name")), prediction, lines, ignored, unknown, problems
+    )
+
+
+def _own(folder: Path) -> Inspection:
+    index = read_json(folder / "pipeline.json")
+    try:
+        kinds = [kind for kind, place in index["parts"].items() if place is not None]
+        prediction = str(index["prediction"]["type"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'pipeline.json'} lacks or mangles {error}") from None
+    lines, names = [], []
+    for kind in kinds:
+        part = read_json(folder / kind / "part.json")
+        name = str(part.get("name")) if isinstance(part, dict) else "?"
+        names.append(f"{kind} {name}")
+        lines.append(_component(kind, name, read_weights(folder / kind)))
+    return Inspection(str(folder), "ldmkit folder", ", ".join(names), prediction, lines)
+
+
+def _component(name: str, class_name: str, tensors: Mapping[str, Tensor]) -> Component:
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    parameters = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
+    return Component(name, class_name, len(tensors), parameters, tuple(dtypes))

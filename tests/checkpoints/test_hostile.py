@@ -1,0 +1,322 @@
+"""Files that are broken or mean harm: a named error, no code run, memory bounded."""
+
+import json
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from ldmkit import Pipeline
+from ldmkit.checkpoints.container import SafetensorsFile
+from ldmkit.checkpoints.pickles import read_pickle
+from ldmkit.checkpoints.weights import read_weights
+from ldmkit.errors import CheckpointError, LdmkitError
+from tests.checkpoint_peers import stable_diffusion
+from tests.conditions import tiny_pipeline
+
+TENSORS = {
+    "a.weight": torch.randn(3, 4),
+    "a.bias": torch.arange(5),
+    "b": torch.zeros(()),
+    "c": torch.ones(2, 0),
+    "d": torch.ones(7).half(),
+}
+WHOLE = save(TENSORS, metadata={"format": "pt"})
+LENGTH = struct.unpack("<Q", WHOLE[:8])[0]
+
+
+def with_header(header: Any, data: bytes = WHOLE[8 + LENGTH :]) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def header() -> dict[str, Any]:
+    return dict(json.loads(WHOLE[8 : 8 + LENGTH]))
+
+
+def edited(key: str, **changes: Any) -> bytes:
+    content = header()
+    content[key] = {**content[key], **changes}
+    return with_header(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated within its header"),
+        (WHOLE[:-3], "is truncated: it has .* the first being"),
+        (struct.pack("<Q", 2**63) + WHOLE[8:], "truncated within its header"),
+        (struct.pack("<Q", LENGTH - 5) + WHOLE[8:], "header is corrupt"),
+        (with_header(b"[" * 100_000), "header is corrupt"),
+        (with_header([1]), "it is no JSON object"),
+        (with_header(WHOLE[8 : 8 + LENGTH].rstrip()[:-1] + b',"b":{}}'), "the key 'b' is there twice"),
+        (with_header({**header(), "__metadata__": {"a": 1}}), "__metadata__ must map strings to strings"),
+        (edited("b", shape=[10**6, 10**6, 10**6]), "would need 4000000000000000000 bytes and has 4"),
+        (edited("b", shape=[-1]), r"has shape \[-1\]"),
+        (edited("b", shape=[True]), "has shape"),
+        (edited("b", dtype="F7"), "has dtype 'F7'; known are BOOL"),
+        (edited("b", dtype=["F32"]), "needs dtype, shape"),
+        (edited("b", data_offsets=[0, 4]), "overlaps the tensor before it"),
+        (edited("b", data_offsets=[10**9, 10**9 + 4]), "is truncated"),
+        (edited("b", data_offsets="ab"), "has shape|needs dtype"),
+        (edited("b", data_offsets=[4]), "needs dtype, shape and two data_offsets"),
+        (with_header({key: value for key, value in header().items() if key != "b"}), "leaves a hole|belong to no tensor"),
+        (WHOLE + b"more", "4 bytes at the end belong to no tensor"),
+        (b"PK\x03\x04\xff\xff\xff\xff" + bytes(100), "is a pickle, not a safetensors file"),
+    ],
+)
+def test_broken_headers(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsFile(path)
+
+
+def test_a_whole_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(WHOLE)
+    assert all(torch.equal(value, TENSORS[key]) for key, value in SafetensorsFile(path).tensors().items())
+    text = WHOLE[8 : 8 + LENGTH].rstrip() + b" "
+    path.write_bytes(with_header(text + b" " * (len(text) % 2 == 0)))  # an odd length: nothing is aligned
+    assert all(torch.equal(value, TENSORS[key]) for key, value in SafetensorsFile(path).tensors().items())
+
+
+SPOILT = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(-3, 2**40), max_size=3),
+    st.just({}),
+)
+
+
+@st.composite
+def mutants(draw: st.DrawFn, whole: bytes, *, json_edits: bool) -> bytes:
+    """A valid file with bytes changed, cut or put in, or one value of its header replaced."""
+    kind = draw(st.sampled_from(["flip", "cut", "insert", "double", *(["value"] * 3 if json_edits else [])]))
+    at = draw(st.integers(0, len(whole) - 1))
+    if kind == "flip":
+        changed = bytearray(whole)
+        for _ in range(draw(st.integers(1, 4))):
+            changed[draw(st.integers(0, len(whole) - 1))] = draw(st.integers(0, 255))
+        return bytes(changed)
+    if kind == "cut":
+        return whole[:at] + whole[draw(st.integers(at, len(whole))) :]
+    if kind == "insert":
+        return whole[:at] + draw(st.binary(min_size=1, max_size=20)) + whole[at:]
+    if kind == "double":
+        return whole[:at] + whole[draw(st.integers(0, at)) :]
+    content = header()
+    key = draw(st.sampled_from(sorted(set(content) - {"__metadata__"})))
+    field = draw(st.sampled_from(["dtype", "shape", "data_offsets", None]))
+    if field is None:
+        content[draw(st.sampled_from([key, "__metadata__", "new"]))] = draw(SPOILT)
+    else:
+        content[key][field] = draw(SPOILT)
+    return with_header(content)
+
+
+def survives(path: Path, content: bytes, read: Callable[[Path], dict[str, torch.Tensor]]) -> None:
+    """Either an error of ours, or tensors that are really in the file."""
+    path.write_bytes(content)
+    try:
+        tensors = read(path)
+    except CheckpointError as error:
+        named = str(error)
+    else:
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= len(content)
+        for tensor in tensors.values():
+            tensor.clone()
+        return
+    assert str(path) in named
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    return SafetensorsFile(path).tensors()
+
+
+@settings(max_examples=300)
+@given(content=mutants(WHOLE, json_edits=True))
+def test_mutated_safetensors(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    survives(tmp_path_factory.getbasetemp() / "mutant.safetensors", content, read_safetensors)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=8000)
+@given(content=mutants(WHOLE, json_edits=True))
+def test_thousands_of_mutated_safetensors(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    survives(tmp_path_factory.getbasetemp() / "mutant.safetensors", content, read_safetensors)
+
+
+# --------------------------------------------------------------------------------------------------------------------- pickles
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("archive") / "x.ckpt"
+    torch.save({"state_dict": TENSORS}, path)
+    return path.read_bytes()
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_mutated_pickles(tmp_path_factory: pytest.TempPathFactory, archive: bytes, data: st.DataObject) -> None:
+    survives(tmp_path_factory.getbasetemp() / "mutant.ckpt", data.draw(mutants(archive, json_edits=False)), read_pickle)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=4000)
+@given(data=st.data())
+def test_thousands_of_mutated_pickles(tmp_path_factory: pytest.TempPathFactory, archive: bytes, data: st.DataObject) -> None:
+    survives(tmp_path_factory.getbasetemp() / "mutant.ckpt", data.draw(mutants(archive, json_edits=False)), read_pickle)
+
+
+class Harmful:
+    """Unpickling this would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
+    path, proof = tmp_path / "x.ckpt", tmp_path / "proof"
+    torch.save({"state_dict": TENSORS, "callback": Harmful(proof)}, path)
+    with pytest.raises(CheckpointError, match=r"holds more than tensors .*; such pickles can run code, and none was run"):
+        Pipeline.from_single_file(path, allow_pickle=True)
+    path.write_bytes(pickle.dumps(Harmful(proof)))
+    with pytest.raises(CheckpointError, match="is no zip archive"):
+        read_pickle(path)
+    assert not proof.exists()
+
+
+def test_archives_that_grow(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(50_000_000))
+    with pytest.raises(CheckpointError, match=r"is compressed \(archive/data/0\), which torch.save never does"):
+        read_pickle(path)
+
+
+def test_tensors_larger_than_what_is_stored(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1).expand(10**12)}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="is larger than what is stored of it"):
+        read_pickle(tmp_path / "x.ckpt")
+    torch.save([1, 2], tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="holds a list, not tensors by name"):
+        read_pickle(tmp_path / "x.ckpt")
+
+
+# --------------------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "..\\x.safetensors", "..", ""])
+def test_shards_outside_the_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="points outside the folder"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"weight_map": []}, {"weight_map": {"a": 1}}, 3])
+def test_shard_indices_of_wrong_types(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="must hold a weight_map"):
+        read_weights(tmp_path)
+
+
+def test_shards_that_hold_a_key_twice_or_not_at_all(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        save_file({"a": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"a are in y\.safetensors and in another shard too"):
+        read_weights(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"b": "x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="promises keys that no shard holds: b"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"), [(float("nan"), "auto", "has 1 NaN"), (1e30, torch.float16, "cannot hold")]
+)
+def test_weights_that_are_no_numbers(tmp_path: Path, value: float, dtype: Any, message: str) -> None:
+    """And a pipeline in use stays as it was."""
+    pipe = tiny_pipeline(tmp_path)
+    folder = pipe.save_pretrained(tmp_path / "p")
+    before = {key: tensor.clone() for key, tensor in pipe.denoiser.state_dict().items()}
+    spoilt = {**before, "conv_in.bias": before["conv_in.bias"].clone()}
+    spoilt["conv_in.bias"][3] = value
+    save_file(spoilt, folder / "denoiser" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"conv_in\.bias .*{message}"):
+        Pipeline.from_pretrained(folder, dtype=dtype)
+    assert all(torch.equal(before[key], tensor) for key, tensor in pipe.denoiser.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("folder")
+    stable_diffusion(place / "tokenizer").save_pretrained(place / "sd")
+    return place / "sd"
+
+
+JSONS = [
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+]
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_configs_of_wrong_types(folder: Path, data: st.DataObject) -> None:
+    """One value of one config replaced by anything: an error of ours, or a pipeline."""
+    path = folder / data.draw(st.sampled_from(JSONS))
+    content = json.loads(path.read_text())
+    key = data.draw(st.sampled_from(sorted(content)))
+    small = SPOILT.filter(lambda value: not isinstance(value, int | float) or abs(value) < 50)
+    spoil(folder, path, {**content, key: data.draw(small)})
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("model_index.json", {"unet": None}),
+        ("model_index.json", {"vae": {}}),
+        ("model_index.json", {"scheduler": [1, 2]}),
+        ("scheduler/scheduler_config.json", {"prediction_type": []}),
+        ("scheduler/scheduler_config.json", {"beta_start": "small"}),
+        ("unet/config.json", {"down_block_types": 3}),
+        ("text_encoder/config.json", {"num_attention_heads": 5}),
+    ],
+)
+def test_some_configs_of_wrong_types(folder: Path, file: str, changes: dict[str, Any]) -> None:
+    path = folder / file
+    assert not spoil(folder, path, {**json.loads(path.read_text()), **changes})
+
+
+def spoil(folder: Path, path: Path, content: Any) -> bool:
+    """Whether the folder still loads with this in one of its files; if not, by an error of ours."""
+    text = path.read_text()
+    try:
+        path.write_text(json.dumps(content))
+        Pipeline.from_pretrained(folder)
+    except LdmkitError:
+        return False
+    finally:
+        path.write_text(text)
+    return True
