@@ -6,26 +6,17 @@ whatever else is installed; any other name that two plugins offer is an error.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from importlib import import_module
 from typing import Any
 
-from ldmkit.errors import InputError, InputTypeError, LdmkitError, PartClashError, PluginError, UnknownPartError
-from ldmkit.plugin import requirements
+from ldmkit.errors import InputError, InputTypeError, PartClashError, PluginError, UnknownPartError
 from ldmkit.plugin.manager import DISABLE, Plugin, Row, discover, warn_of_failures
 from ldmkit.plugin.spec import EXTENSION_KINDS, KINDS, Component
-
-INTERFACES = {
-    "autoencoder": "Autoencoder",
-    "denoiser": "Denoiser",
-    "conditioner": "Conditioner",
-    "sampler": "Sampler",
-}
-"""The class in `ldmkit.interfaces` that a part of each kind must derive from."""
+from ldmkit.plugin.targets import CALLED_AS_THEY_ARE, load_target
+from ldmkit.plugin.targets import INTERFACES as INTERFACES  # noqa: PLC0414  (where callers look for it)
 
 Offer = tuple[Plugin, Row]
 """A line of the table, and whose it is."""
@@ -104,9 +95,7 @@ class Registry:
             PluginError: the target cannot be imported, or is not what its kind demands.
         """
         plugin, component = self._find(kind, name)
-        target = _import_target(plugin, component)
-        _check_target(plugin, component, target)
-        return target
+        return load_target(plugin, component)
 
     def build(self, kind: str, name: str, /, **config: Any) -> Any:
         """An instance of a part.
@@ -206,64 +195,6 @@ def _is_target(part: type, target: str) -> bool:
     for word in attribute.split("."):
         value = getattr(value, word, None)
     return value is part
-
-
-def _import_target(plugin: Plugin, component: Row) -> Any:
-    module, _, attribute = component.target.partition(":")
-    what = f"the {component.kind} {component.name!r} of {plugin}"
-    try:
-        value = import_module(module)
-        for word in attribute.split("."):
-            value = getattr(value, word)
-    except LdmkitError:
-        raise  # already says what is wrong and the way out
-    except ImportError as error:
-        own = isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == module.partition(".")[0]
-        hint = f"its target {component.target!r} is wrong, or its install incomplete" if own else ""
-        hint = hint or requirements.hint(error, plugin.distribution)
-        raise PluginError(f"{what} cannot be imported: {error}" + (f"; {hint}" if hint else "")) from error
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"{what} cannot be imported from {component.target!r}: {type(error).__name__}: {error}") from error
-    return value
-
-
-def _check_target(plugin: Plugin, component: Row, target: Any) -> None:
-    what = f"the {component.kind} {component.name!r} of {plugin}: its target {component.target!r}"
-    if component.kind == "pipeline":
-        if not callable(target):
-            raise PluginError(f"{what} must be a function that returns a folder, and is {target!r}")
-        return
-    config = import_module("ldmkit.config").Config
-    if component.kind in EXTENSION_KINDS:
-        _check_extension(what, component.kind, target)
-        return
-    interface = getattr(import_module("ldmkit.interfaces"), INTERFACES[component.kind])
-    if not (isinstance(target, type) and issubclass(target, interface)):
-        raise PluginError(f"{what} must be a class derived from ldmkit.{interface.__name__}, and is {target!r}")
-    if inspect.isabstract(target):
-        missing = sorted(target.__abstractmethods__)  # type: ignore[attr-defined]
-        raise PluginError(f"{what} leaves abstract: {', '.join(missing)}")
-    own = getattr(target, "Config", None)
-    if not (isinstance(own, type) and issubclass(own, config)):
-        raise PluginError(f"{what} needs a nested `class Config(ldmkit.Config)`, and has {own!r}")
-
-
-CALLED_AS_THEY_ARE = {"task": ("__call__",), "checkpoint-format": ("detect", "load")}
-"""Functions that targets of these kinds must have. The other kinds of extensions are classes, built from a config."""
-CALLED_WHEN_BUILT = {"training-loss": "__call__", "data-source": "open", "guidance-method": "__call__"}
-"""The function that instances of these kinds must have."""
-
-
-def _check_extension(what: str, kind: str, target: Any) -> None:
-    if kind in CALLED_AS_THEY_ARE:
-        missing = [name for name in CALLED_AS_THEY_ARE[kind] if not callable(getattr(target, name, None))]
-        if missing:
-            raise PluginError(f"{what} lacks {' and '.join(missing)}, which a {kind} must have")
-        return
-    function, own = CALLED_WHEN_BUILT[kind], getattr(target, "Config", None)
-    called = isinstance(target, type) and any(function in vars(base) for base in target.__mro__)
-    if not (called and isinstance(own, type) and issubclass(own, import_module("ldmkit.config").Config)):
-        raise PluginError(f"{what} must be a class with {function} and a nested class Config(ldmkit.Config), and is {target!r}")
 
 
 _lock = threading.RLock()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ldmkit.errors import PluginError
 from ldmkit.plugin import spec
 from ldmkit.plugin.manager import hook_names
-from ldmkit.plugin.registry import CALLED_AS_THEY_ARE, CALLED_WHEN_BUILT
 from ldmkit.plugin.spec import Component
+from ldmkit.plugin.targets import CALLED_AS_THEY_ARE, CALLED_WHEN_BUILT
 
 GALLERY = Path(__file__).resolve().parent.parent / "example_plugins"
 WORD = st.text("abcxyz0189", min_size=1, max_size=8)
