@@ -21,6 +21,13 @@ from ldmkit.interfaces import Condition, Conditioner, Denoiser, Levels, Sampler
 from ldmkit.noise import GeneratorNoise, KeyedNoise, NoiseSource
 from ldmkit.schedule import Schedule
 
+NEGATIVE_SCORE = 2.5
+"""Aesthetic score of what is not wanted, for XL's refiner (diffusers' default)."""
+
+
+SIZES = ("original_size", "crops_coords_top_left", "target_size")
+"""What Stable Diffusion XL is told of a picture, in pixels."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
@@ -225,15 +232,40 @@ def _check_embeds(name: str, value: Any) -> None:
         raise InputError(f"{name} must be (B, L, C), got shape {tuple(value.shape)}")
 
 
-def conditioner_options(conditioner: Conditioner | None, embeds: Any, **told: Any) -> dict[str, Any]:
-    """Keyword arguments for the conditioner. Raises: InputError where it does not take them, or is not asked."""
+def conditioner_options(conditioner: Conditioner | None, embeds: Any, *, prefix: str = "", **told: Any) -> dict[str, Any]:
+    """Keyword arguments for the conditioner. Raises: InputError where it does not take them, or is not asked.
+
+    Args:
+        prefix: of the names in messages.
+    """
     given = {name: plain(value) for name, value in told.items() if value is not None}
     for name, value in given.items():
-        if conditioner is None or name not in signature(conditioner.forward).parameters:
-            raise InputError(f"{name} = {value!r} was given, but {type(conditioner).__name__} does not take it")
+        if not takes(conditioner, name):
+            raise InputError(f"{prefix}{name} = {value!r} was given, but {type(conditioner).__name__} does not take it")
         if embeds is not None:
-            raise InputError(f"{name} = {value!r} was given with prompt_embeds, which are encoded already; leave it out")
+            raise InputError(
+                f"{prefix}{name} = {value!r} was given with {prefix}prompt_embeds, which are encoded already; leave it out"
+            )
     return given
+
+
+def negative_options(conditioner: Conditioner | None, embeds: Any, positive: Mapping[str, Any], **told: Any) -> dict[str, Any]:
+    """The same for what is not wanted: as for what is, but for another text and score; and where one size is given, for sizes.
+
+    Raises:
+        InputError: as `conditioner_options`.
+    """
+    own = {"prompt_2", "aesthetic_score"}
+    if any(told.get(name) is not None for name in SIZES):
+        own.update(SIZES)
+    shared = {name: value for name, value in positive.items() if name not in own}
+    score = {"aesthetic_score": NEGATIVE_SCORE} if takes(conditioner, "aesthetic_score") else {}
+    return {**shared, **score, **conditioner_options(conditioner, embeds, prefix="negative_", **told)}
+
+
+def takes(conditioner: Conditioner | None, name: str) -> bool:
+    """Whether the conditioner's `forward` has such an argument."""
+    return conditioner is not None and name in signature(conditioner.forward).parameters
 
 
 def with_eta(sampler: Sampler, eta: float | None) -> Sampler:

@@ -332,6 +332,16 @@ class Pipeline:
         negative_prompt_embeds: Tensor | Condition | None = None,
         clip_skip: int | None = None,
         prompt_syntax: Literal["plain", "weighted"] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        original_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        negative_target_size: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
         output_type: OutputType = "pil",
         return_trajectory: bool = False,
         resume: RunState | str | Path | None = None,
@@ -365,6 +375,9 @@ class Pipeline:
             prompt_embeds, negative_prompt_embeds: conditions made before, tensors (B, L, C) or `Condition`s.
             clip_skip, prompt_syntax: for conditioners that take them. "weighted" reads `(word:1.3)`, `[word]`, BREAK, prompts
                 of any length, and "one AND other :0.5"; "plain" (the default) takes every character as it is.
+            prompt_2, original_size, crops_coords_top_left, target_size, aesthetic_score: what Stable Diffusion XL is told
+                besides, see `sdxl-text`; sizes are (height, width) in pixels. With `negative_` before them, for what is not
+                wanted: sizes are those of what is, unless one is given; the text and the score (2.5) are its own.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent".
             return_trajectory: keep every step and its probability, as `trajectory` of the output.
             resume: go on from the `state` of an output or callback, or from a file it was saved to; noise is the saved run's,
@@ -400,10 +413,30 @@ class Pipeline:
             guidance = dataclasses.replace(guidance, method=_built("guidance-method", guidance_method))
         copies = arguments.count("num_images_per_prompt", num_images_per_prompt)
         options = arguments.conditioner_options(
-            self.conditioner, prompt_embeds, clip_skip=clip_skip, prompt_syntax=prompt_syntax
+            self.conditioner,
+            prompt_embeds,
+            clip_skip=clip_skip,
+            prompt_syntax=prompt_syntax,
+            prompt_2=prompt_2,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
+            aesthetic_score=aesthetic_score,
+        )
+        away_options = arguments.negative_options(
+            self.conditioner,
+            negative_prompt_embeds,
+            options,
+            prompt_2=negative_prompt_2,
+            original_size=negative_original_size,
+            crops_coords_top_left=negative_crops_coords_top_left,
+            target_size=negative_target_size,
+            aesthetic_score=negative_aesthetic_score,
         )
         positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds, options)
-        negative = arguments.refused(self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance, options)
+        negative = arguments.refused(
+            self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance, away_options
+        )
         spatial = self.denoiser.in_channels > self.autoencoder.latent_channels and image is not None
         extra = {"spatial_BCHW": spatial, "guidance_B": guidance.told is not None}
         for on in (positive, negative):  # what does not fit is said before anything is encoded
@@ -434,7 +467,11 @@ class Pipeline:
             latents=latents,
         )
 
-        def conditioned(on: arguments.Asked) -> Condition:
+        if arguments.takes(self.conditioner, "image_size"):
+            height_width = tuple(side * self.autoencoder.downscale for side in task.noise.shape[2:])
+            options, away_options = ({"image_size": height_width, **told} for told in (options, away_options))
+
+        def conditioned(on: arguments.Asked, options: Mapping[str, Any]) -> Condition:
             made = on.condition(self.conditioner, **options).repeat(copies)
             _finite(made.tokens_BLC, "the conditioner", "encoding the prompt")
             made = task.extend(made).to(device=self.device, dtype=self.dtype)
@@ -445,9 +482,13 @@ class Pipeline:
 
         terms, shares = positive.terms()
         weights = [torch.tensor(share, dtype=dtype, device=self.device).repeat_interleave(copies) for share in shares]
-        away = conditioned(negative) if negative is not None and has_negative_share(guidance.scale, weights) else None
+        away = (
+            conditioned(negative, away_options)
+            if negative is not None and has_negative_share(guidance.scale, weights)
+            else None
+        )
         model = Model(self.denoiser, self.prediction)
-        guided = partial(guidance.closure, model, [conditioned(term) for term in terms], weights, away)
+        guided = partial(guidance.closure, model, [conditioned(term, options) for term in terms], weights, away)
         state = sampler.init(task.noise, task.levels, start=task.start)
         state = state if earlier is None else rejoin(earlier, state)
         begun = RunState(state, task.levels, used_seed, first_image, describe(sampler))

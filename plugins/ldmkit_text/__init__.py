@@ -24,6 +24,13 @@ def ldmkit_components() -> Iterable[Component]:
         ),
         Component(
             kind="conditioner",
+            name="sdxl-text",
+            target="ldmkit_text.sdxl:SDXLTextConditioner",
+            summary="Stable Diffusion XL's two text encoders, pooled text and sizes; the refiner's one, with a score.",
+            diffusers=("CLIPTextModel+CLIPTextModelWithProjection", "CLIPTextModelWithProjection"),
+        ),
+        Component(
+            kind="conditioner",
             name="class-label",
             target="ldmkit_text.class_label:ClassLabelConditioner",
             summary="Class labels, as one learned token or as plain labels.",

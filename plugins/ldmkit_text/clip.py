@@ -226,22 +226,28 @@ class CLIPTextConditioner(Conditioner):
 
     def to_diffusers(self) -> Mapping[str, Written]:
         """See `ldmkit.checkpoints.foreign`. Raises: ConfigError where Stable Diffusion 1 and 2 would take other tokens."""
-        from ldmkit_text.huggingface import clip_tokenizer_files
-
         config = self.config
         if config.layer_index != config.num_hidden_layers or not config.final_layer_norm or config.pooled:
             raise ConfigError(
                 f"layer = {config.layer!r}, final_layer_norm = {config.final_layer_norm}, pooled = {config.pooled}: diffusers' "
                 "Stable Diffusion pipelines take the last layer, normalised, and nothing else"
             )
-        values = self._clip[0].config.to_diff_dict()
-        values |= {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"], "hidden_act": config.hidden_act}
+        return self.components()
+
+    def components(self, end: str = "", path: str = "") -> dict[str, Written]:
+        """The encoder and its tokenizer as they are written; `end` is that of their names, `path` where it is in a part."""
+        from ldmkit_text.huggingface import clip_tokenizer_files
+
+        config, model = self.config, self._clip[0]
+        class_name = type(model).__name__
+        values = model.config.to_diff_dict()
+        values |= {"model_type": "clip_text_model", "architectures": [class_name], "hidden_act": config.hidden_act}
         merges = None if config.merges is None else Path(config.merges)
         length = config.max_position_embeddings
         files = clip_tokenizer_files(Path(config.vocab), merges, pad_token=config.pad_token, length=length)
         return {
-            "text_encoder": Written("transformers", "CLIPTextModel", values, clip_map()),
-            "tokenizer": Written("transformers", "CLIPTokenizer", files=files),
+            f"text_encoder{end}": Written("transformers", class_name, values, clip_map().prefixed("", path)),
+            f"tokenizer{end}": Written("transformers", "CLIPTokenizer", files=files),
         }
 
     @classmethod
