@@ -456,7 +456,7 @@ class Pipeline:
             seed, generator, count=count, first_image=first_image, device=self.device, dtype=self.dtype
         )
         dtype = torch.promote_types(self.dtype, torch.float32)
-        run = Run(self.autoencoder, self.denoiser, levels, count, noise, self.device, dtype)
+        run = Run(self.autoencoder, self.denoiser, sampler, levels, count, noise, self.device, dtype)
         task = prepare_task(
             run,
             image=image,

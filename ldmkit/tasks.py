@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalError
 from ldmkit.images import to_mask, to_pixels
-from ldmkit.interfaces import Autoencoder, Condition, Denoiser, Level, Levels, SamplerState
+from ldmkit.interfaces import Autoencoder, Condition, Denoiser, Level, Levels, Sampler, SamplerState
 from ldmkit.noise import GeneratorNoise, NoiseSource
 
 
@@ -64,6 +64,7 @@ class Run:
 
     autoencoder: Autoencoder
     denoiser: Denoiser
+    sampler: Sampler
     levels: Levels
     count: int
     noise: NoiseSource
@@ -127,15 +128,31 @@ class Run:
         """Rows repeated (a, a, b, b) up to the number of pictures."""
         return x.repeat_interleave(self.count // len(x), dim=0)
 
-    def last_part(self, strength: float) -> Levels:
-        """The last int(N * strength) steps, as diffusers counts them. Raises: InputError where none is left."""
+    def part(self, strength: float) -> Levels:
+        """The last int(N * strength) steps, as diffusers counts them; the first, of a run that leads an image up into noise.
+
+        Raises:
+            InputError: where none is left.
+        """
         total = self.levels.num_steps
         steps = min(int(total * strength), total)
         if steps < 1:
             raise InputError(
                 f"strength = {strength:g} of {total} steps leaves none to take; raise strength or num_inference_steps"
             )
-        return self.levels[total - steps :]
+        return self.levels[: steps + 1] if self.levels.rising else self.levels[total - steps :]
+
+    def check_sampler(self, *, image: bool, mask: bool) -> None:
+        """Raise InputError where the sampler says that it cannot do the task."""
+        facts, name = self.sampler.facts, type(self.sampler).__name__
+        if facts is None:
+            return
+        if not image and not facts.from_noise:
+            raise InputError(f"{name} does not start from noise: give image=, or take another sampler")
+        if mask and not facts.inpainting:
+            raise InputError(f"{name} cannot keep a part of the image as it was: leave out mask_image, or take another sampler")
+        if image and not facts.image_to_image:
+            raise InputError(f"{name} starts from noise only: leave out image, or take another sampler")
 
 
 def like_weights(x: Tensor, module: nn.Module) -> Tensor:
@@ -162,6 +179,7 @@ def prepare_task(
     Raises:
         InputError, InputTypeError, ConfigError: for arguments that cannot be served, before any work.
     """
+    run.check_sampler(image=image is not None, mask=mask_image is not None)
     if image is None:
         for name, value in (("mask_image", mask_image), ("strength", strength)):
             if value is not None:
@@ -179,7 +197,7 @@ def prepare_task(
         return _inpainting(run, pixels, mask_image, strength, latents, resize=size != (None, None))
     if latents is not None:
         raise InputError("latents and image were both given: image-to-image makes its own start from the image")
-    rest = run.last_part(strength)
+    rest = run.part(strength)
     start = run.encode(pixels, draw=1)
     return Task(rest, run.first_noise(None, (start.shape[2], start.shape[3])), start=start)
 
@@ -211,7 +229,7 @@ def _inpainting(run: Run, pixels: Tensor, mask_image: Any, strength: float, late
     mask = to_mask(mask_image, size=(pixels.shape[2], pixels.shape[3]), resize=resize)
     if run.count % len(mask) or (len(pixels) > 1 and len(mask) not in (1, len(pixels))):
         raise InputError(f"{len(mask)} masks for {len(pixels)} images and {run.count} pictures; give one, or one per image")
-    rest, size = run.last_part(strength), run.latent_size(*pixels.shape[2:])
+    rest, size = run.part(strength), run.latent_size(*pixels.shape[2:])
     mask = mask.to(device=run.device, dtype=run.dtype)
     latent_mask = run.per_picture(torch.nn.functional.interpolate(mask, size=size))
     masked = pixels.to(mask) * (mask < 0.5)

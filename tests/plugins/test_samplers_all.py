@@ -161,9 +161,9 @@ MASK = torch.ones(1, 1, 8, 8)
 @pytest.mark.parametrize(
     ("sampler", "arguments", "told"),
     [
-        ("ddim-inverse", {"height": 8, "width": 8}, "DDIMInverseSampler cannot start from noise; give image="),
-        ("ddim-inverse", {"image": IMAGE, "mask_image": MASK}, "DDIMInverseSampler cannot keep a part of an image"),
-        (FromNoise.build(), {"image": IMAGE}, "FromNoise cannot start from an image"),
+        ("ddim-inverse", {"height": 8, "width": 8}, "DDIMInverseSampler does not start from noise: give image="),
+        ("ddim-inverse", {"image": IMAGE, "mask_image": MASK}, "DDIMInverseSampler cannot keep a part of the image"),
+        (FromNoise.build(), {"image": IMAGE}, "FromNoise starts from noise only: leave out image"),
     ],
 )
 def test_what_a_sampler_cannot_is_said_before_anything_runs(pipe, monkeypatch, sampler, arguments, told):
