@@ -25,6 +25,7 @@ OF_ITS_OWN = {
     "cross_attention": {"gflops", "automatic", "choice"},
     "geglu": {"automatic", "choice"},
     "group_norm_silu": set(),
+    "loading": {"peak_over_weights"},
     "pipeline": {"overhead", "latents_differ_by"},
     "plugins_startup": {"seconds_each"},
     "sampler_overhead": {"percent_of_network"},
