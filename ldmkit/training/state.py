@@ -118,7 +118,8 @@ def read(folder: Path, state: TrainingState) -> dict[str, Tensor]:
     for key, average in state.averages.items():
         average.copy_(averages[key])
     _read_optimizers(read_weights(folder, stem="optimizer"), state.optimizers, folder)
-    return read_weights(folder, stem="rng")
+    # Copies: torch.set_rng_state reads from the start of the storage (torch 2.13), wherever in it a view of the file begins.
+    return {name: tensor.clone() for name, tensor in read_weights(folder, stem="rng").items()}
 
 
 def _flat_modules(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
