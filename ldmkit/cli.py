@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "draw pictures from text",
     "train": "train an autoencoder or a diffusion model from a recipe",
     "plugins": "list the installed plugins, their parts, and what is wrong with those that failed",
+    "plugin": "write a new plugin, or check one: `plugin new NAME --kind KIND`, `plugin check DIST|PATH`",
     "samplers": "list the samplers: order of convergence, evaluations a step, noise, source",
     "inspect": "say what a weights file or a model's folder is, without loading it",
     "schema": "print the JSON schema of a part's config",
@@ -29,7 +30,7 @@ COMMANDS = {
 EPILOG = """\
 exit codes:
   0    done
-  1    an unexpected failure (with its traceback); from verify: a property does not hold
+  1    an unexpected failure (with its traceback); from verify and plugin check: a property does not hold
   2    wrong usage or input: one line says what, and the way out
   130  interrupted
 

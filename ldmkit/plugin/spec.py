@@ -6,9 +6,9 @@ implementations. Nothing here, nor in that module, should import torch: targets 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
 
 import pluggy
 
@@ -293,6 +293,49 @@ EXTENSIONS: dict[str, type[Extension]] = {
 }
 """What each of these hooks offers."""
 EXTENSION_KINDS = tuple(extension.kind for extension in EXTENSIONS.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A small instance of a part, for checks from outside: plain data.
+
+    Attributes:
+        kind, name: of the part, as in its `Component`.
+        configs: small configs as plain values, the first one the smallest.
+        inputs: of a conditioner: two or more valid inputs that mean different things.
+        condition: of a denoiser: the channels of each `Condition` field that it accepts ("labels_B": how many classes).
+        noiseless: of a sampler that draws noise by default: the config values that turn that off.
+        consistency: of a sampler: whether it is for consistency models.
+
+    Raises:
+        PluginError: for an unknown kind.
+    """
+
+    kind: Kind
+    name: str
+    configs: tuple[Mapping[str, Any], ...] = ()
+    inputs: tuple[Any, ...] = ()
+    condition: Mapping[str, int] = field(default_factory=dict)
+    noiseless: Mapping[str, Any] = field(default_factory=dict)
+    consistency: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise PluginError(f"example of {self.name!r}: kind {self.kind!r} is none of {', '.join(KINDS)}")
+
+
+@hookspec
+def ldmkit_examples() -> Iterable[Example]:
+    """How the parts of a plugin are tried: `ldmkit.testing.conformance` and `ldmkit plugin check` take their configs from here.
+
+    >>> from ldmkit.plugin.spec import Example, hookimpl
+    >>> @hookimpl
+    ... def ldmkit_examples():
+    ...     return [Example(kind="denoiser", name="mine", configs=({"width": 16},), condition={"tokens_BLC": 8})]
+    >>> ldmkit_examples()[0].name
+    'mine'
+    """
+    raise AssertionError("a hook specification is never called")
 
 
 @hookspec

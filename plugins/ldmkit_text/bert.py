@@ -32,6 +32,8 @@ class BertConditioner(Conditioner):
         Attributes:
             vocab: WordPiece vocabulary, one piece a line.
             vocab_size: rows of the embedding table; None = the lines of `vocab`.
+            hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps,
+                type_vocab_size: as there.
             max_length: most tokens of a prompt, [CLS] and [SEP] included.
             max_position_embeddings: rows of the position table; None = `max_length`.
             dropout: of hidden states and attention, in training mode.

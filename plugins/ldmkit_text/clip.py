@@ -68,6 +68,8 @@ class CLIPTextConditioner(Conditioner):
             vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`; or one file that holds both:
                 `tokenizer.json`, or `bpe_simple_vocab_16e6.txt.gz` as open_clip ships it.
             vocab_size: rows of the embedding table; None = the entries of `vocab`.
+            hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act, layer_norm_eps,
+                max_position_embeddings: as there; prompts are cut and padded to the last.
             projection_dim: width of the pooled vector's projection; None = there is none.
             eos_token_id: where the pooled vector is taken: the first such token; None = <|endoftext|>; 2 = the highest id, as
                 transformers treats old configs that say 2.

@@ -48,7 +48,7 @@ class Moody(GoodSampler):
 
     def transition(self, denoise, state):
         self.calls[0] += 1
-        return super().transition(lambda x, level: denoise(x, level) * (1 + 1e-9 * self.calls[0]), state)
+        return super().transition(lambda x, level: denoise(x, level) * (1 + 1e-3 * self.calls[0]), state)
 
 
 class Unseeded(GoodSampler):

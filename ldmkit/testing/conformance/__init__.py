@@ -11,6 +11,7 @@ smallest case that shows it. `check` gives the same as a report; `ldmkit plugin 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -38,7 +39,8 @@ def subject(kind: str, part: str | type[Any], **options: Any) -> Subject:
 
     Args:
         part: its registered name, or its class while it is not registered yet.
-        options: what `Subject` describes: configs, inputs, condition, noiseless, consistency.
+        options: what `Subject` describes: configs, inputs, condition, noiseless, consistency. What is not given is taken from
+            the plugin's hook `ldmkit_examples`, for a part by name.
 
     Raises:
         InputError: a kind without a suite. UnknownPartError, PluginError: as `ldmkit.part_class`.
@@ -47,11 +49,24 @@ def subject(kind: str, part: str | type[Any], **options: Any) -> Subject:
     if kind not in PROPERTIES:
         raise InputError(f"there is no suite for kind {kind!r}; there are {', '.join(PROPERTIES)}, and `kernel`")
     if isinstance(part, str):
-        return Subject(kind=kind, part=registry().load(kind, part), name=part, **options)
+        return Subject(kind=kind, part=registry().load(kind, part), name=part, **{**_example(kind, part), **options})
     interface = getattr(interfaces, INTERFACES[kind])
     if not (isinstance(part, type) and issubclass(part, interface)):
         raise InputTypeError(f"{part!r} is no {kind}: it must derive from ldmkit.{INTERFACES[kind]}")
     return Subject(kind=kind, part=part, **options)
+
+
+def _example(kind: str, name: str) -> dict[str, Any]:
+    """What the plugin's own example of a part says."""
+    owner, _, bare = name.rpartition(":")
+    for plugin in registry().plugins:
+        if plugin.hooks is None or (owner and not plugin.called(owner)):
+            continue
+        for example in itertools.chain(*plugin.hooks.ldmkit_examples()):
+            if (example.kind, example.name) == (kind, bare):
+                found = {key: value for key, value in vars(example).items() if key not in ("kind", "name")}
+                return {key: value for key, value in found.items() if value}
+    return {}
 
 
 def kernel(op: str, *, backend: str | None = None, function: Callable[..., Any] | None = None, profile: str = "ci") -> Kernel:

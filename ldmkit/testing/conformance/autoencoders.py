@@ -29,9 +29,8 @@ def pixels(part: Autoencoder, t: Trial, *, dtype: torch.dtype = torch.float64, s
     return t.normal(t.batch, part.image_channels, height, width, stream=stream, dtype=dtype).tanh()
 
 
-def use(part: Any, t: Trial) -> tuple[Tensor, ...]:
+def use(part: Any, t: Trial, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """There and back, with noise."""
-    dtype = next((weight.dtype for weight in part.parameters()), torch.float32)
     posterior = part.encode(pixels(part, t, dtype=dtype))
     z = posterior.sample(t.normal(*posterior.mode().shape, stream=3, dtype=dtype))
     return z, part.decode(z), posterior.loss_B().to(dtype)

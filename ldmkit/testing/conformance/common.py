@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -18,8 +17,12 @@ from ldmkit.errors import ConfigError
 from ldmkit.testing.conformance import watch
 from ldmkit.testing.conformance.core import Property, Trial, apart, same_bits
 
-Use = Callable[[Any, Trial], tuple[Tensor, ...]]
-"""Has a part do what its kind does, on numbers that follow from the case; all that comes out."""
+
+class Use(Protocol):
+    """Has a part do what its kind does, on numbers of a dtype that follow from the case; all that comes out."""
+
+    def __call__(self, part: Any, t: Trial, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]: ...
+
 
 UNKNOWN = "no_part_has_a_field_of_this_name"
 

@@ -34,8 +34,8 @@ def fields(condition: Condition) -> tuple[Tensor, ...]:
     return tuple(getattr(condition, name) for name in Condition.FIELDS if getattr(condition, name) is not None)
 
 
-def use(part: Any, t: Trial) -> tuple[Tensor, ...]:
-    """One condition."""
+def use(part: Any, t: Trial, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """One condition, in the dtype of the weights."""
     return fields(part(inputs_of(part, t)))
 
 

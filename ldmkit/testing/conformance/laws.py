@@ -60,7 +60,7 @@ def flow_error(sampler: Sampler, n: int) -> float:
     """
     step = (HIGH - LOW) / n
     ratios = [HIGH + (BEFORE - i) * step for i in range(BEFORE + n + AFTER + 1)]
-    levels = Levels([vp_level(r, 500.0) for r in ratios], at=lambda ratio: vp_level(ratio, 500.0))
+    levels = Levels([_in_time(r) for r in ratios], at=_in_time, at_time=lambda t: vp_level(t / 100, t))
     state = SamplerState(x=levels[0].alpha * on_the_flow(ratios[0]), levels=levels)
     for i in range(BEFORE + n):
         state = sampler.step(mixture, state, _Silence(state.x))
@@ -68,6 +68,11 @@ def flow_error(sampler: Sampler, n: int) -> float:
             x = levels[i + 1].alpha * on_the_flow(ratios[i + 1])
             state = SamplerState(x=x, levels=levels, step=i + 1, history=state.history)
     return float((state.x / state.level.alpha - on_the_flow(ratios[BEFORE + n])).abs().max())
+
+
+def _in_time(ratio: float) -> Level:
+    """Times go with sigma / alpha."""
+    return vp_level(ratio, 100 * ratio)
 
 
 class _Silence:
@@ -109,7 +114,7 @@ def variance_error(sampler: Sampler, n: int, spread: float, *, consistency: bool
     what stands there in the end is its coefficient, and the variance follows without any sampling.
     """
     schedule = NoiseSchedule()
-    levels = Levels([schedule.at(r) for r in np.geomspace(14.0, 0.06, n + 1).tolist()], at=schedule.at)
+    levels = Levels([schedule.at(r) for r in np.geomspace(14.0, 0.06, n + 1).tolist()], at=schedule.at, at_time=schedule.level)
     elements = 64 * n
     draws = _OneByOne(elements)
     x = torch.zeros(1, 1, 1, elements, dtype=torch.float64)

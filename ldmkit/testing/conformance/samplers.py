@@ -64,9 +64,9 @@ def run(
     return states
 
 
-def use(sampler: Any, t: Trial) -> tuple[Tensor, ...]:
+def use(part: Any, t: Trial, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """A whole run."""
-    return tuple(state.x for state in run(sampler, t))
+    return tuple(state.x for state in run(part, t, dtype=dtype))
 
 
 def levels_fall(t: Trial) -> None:
@@ -238,12 +238,12 @@ def gaussian(t: Trial) -> None:
 
 
 def order(t: Trial) -> None:
-    """`facts.order` is the measured order of convergence towards the probability flow, without the sampler's noise."""
+    """The error of the probability flow, without the sampler's noise, falls with `facts.order` at least."""
     declared = t.subject.part.facts.order  # type: ignore[attr-defined]
     sampler: Any = t.subject.part.build(**t.subject.noiseless)
     errors = [laws.flow_error(sampler, n) for n in (160, 320)]
     measured = math.log2(errors[0] / errors[1]) if min(errors) > 0 else math.inf
-    assert abs(measured - declared) <= 0.25, (
+    assert measured >= declared - 0.25, (
         f"declared {declared}, measured {measured:.2f} (errors {errors[0]:.3g}, {errors[1]:.3g})"
     )
 

@@ -1,0 +1,109 @@
+"""Holds a plugin's parts and kernels to what the interfaces promise, from outside."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ldmkit.errors import InputError, MissingDependencyError, PluginError
+from ldmkit.plugin.manager import Plugin
+from ldmkit.plugin.registry import registry
+
+
+def check(what: str, *, examples: int, as_json: bool) -> int:
+    """Prints a table for each part. Returns 1 where a property does not hold.
+
+    Args:
+        what: an installed distribution or entry point; or else the folder of a plugin's source, which is read where it lies.
+
+    Raises:
+        InputError: nothing of that name is installed, or the folder holds no plugin.
+        PluginError: the plugin fails, is blocked, or offers nothing to check.
+    """
+    if importlib.util.find_spec("hypothesis") is None:
+        raise MissingDependencyError("`ldmkit plugin check` draws its cases with hypothesis; `pip install hypothesis`")
+    if Path(what).is_dir() and not any(plugin.called(what) for plugin in registry().plugins):
+        return _check_source(Path(what), examples=examples, as_json=as_json)
+    from ldmkit.testing import conformance
+
+    reports = []
+    for subject in _subjects(what):
+        report = conformance.check(subject, examples=examples, progress=_progress(str(subject)))
+        reports.append(report)
+        if not as_json:
+            print(report.table(), end="\n\n", flush=True)
+    passed = all(report.passed for report in reports)
+    if as_json:
+        print(json.dumps({"passed": passed, "reports": [report.as_dict() for report in reports]}, indent=2))
+    return 0 if passed else 1
+
+
+def _subjects(what: str) -> Iterator[Any]:
+    from ldmkit.testing import conformance
+
+    plugins = [plugin for plugin in registry().plugins if plugin.called(what)]
+    if not plugins:
+        names = sorted({plugin.distribution or plugin.entry_point for plugin in registry().plugins})
+        raise InputError(f"no plugin or distribution is called {what!r}, and no folder; there are {', '.join(names)}")
+    for plugin in plugins:
+        if plugin.state != "ok":
+            raise PluginError(f"{plugin} {plugin.state}: {plugin.error}")
+    found = [subject for plugin in plugins for subject in _offered(plugin, conformance)]
+    if not found:
+        raise PluginError(f"{what}: there is a suite for nothing in it")
+    yield from found
+
+
+def _offered(plugin: Plugin, conformance: Any) -> Iterator[Any]:
+    for component in plugin.components:
+        if component.kind in conformance.PROPERTIES:
+            yield conformance.subject(component.kind, f"{plugin.distribution or plugin.entry_point}:{component.name}")
+    for kernel in plugin.kernels:
+        yield conformance.kernel(kernel.op, backend=kernel.backend)
+
+
+def _check_source(folder: Path, *, examples: int, as_json: bool) -> int:
+    """In a process of its own, with the folder's package on the path and described as if it were installed."""
+    import tempfile
+
+    project = _project(folder)
+    sources = folder / "src" if (folder / "src").is_dir() else folder
+    with tempfile.TemporaryDirectory() as site:
+        info = Path(site) / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        info.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        (info / "METADATA").write_text(metadata, encoding="utf-8")
+        points = project["entry-points"]["ldmkit"]
+        lines = ["[ldmkit]", *(f"{name} = {target}" for name, target in points.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = os.pathsep.join(filter(None, [site, str(sources.resolve()), os.environ.get("PYTHONPATH", "")]))
+        command = [sys.executable, "-m", "ldmkit.cli", "plugin", "check", project["name"], "--examples", str(examples)]
+        command += ["--json"] if as_json else []
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+
+
+def _project(folder: Path) -> dict[str, Any]:
+    try:
+        project: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        project["entry-points"]["ldmkit"]
+    except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
+        raise InputError(
+            f"{folder} holds no plugin: its pyproject.toml needs [project.entry-points.ldmkit]; {type(error).__name__}: {error}"
+        ) from None
+    return {"version": "0", **project}
+
+
+def _progress(name: str) -> Callable[[str], None] | None:
+    """Tells a terminal which property is being tried."""
+
+    def tell(prop: str) -> None:
+        print(f"\r\033[K{name}: {prop}", end="", file=sys.stderr, flush=True)
+
+    return tell if sys.stderr.isatty() else None
