@@ -140,3 +140,10 @@ def test_what_cannot_be_checked(tmp_path, capsys):
     assert "there is a suite for nothing in it" in capsys.readouterr().err
     assert main(["plugin", "check", str(tmp_path)]) == 2
     assert "holds no plugin" in capsys.readouterr().err
+
+
+def test_a_plugin_of_the_gallery_passes_by_its_own_examples(root, capfd):
+    assert main(["plugin", "check", str(root / "tests" / "example_plugins" / "bytes"), "--examples", "1", "--json"]) == 0
+    (report,) = json.loads(capfd.readouterr().out)["reports"]
+    assert report["name"] == "ldmkit-example-bytes:example-bytes"
+    assert {row["verdict"] for row in report["rows"]} == {"passed"}

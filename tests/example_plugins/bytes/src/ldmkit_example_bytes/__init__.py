@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ldmkit.plugin.spec import Component, hookimpl
+from ldmkit.plugin.spec import Component, Example, hookimpl
 
 
 @hookimpl
@@ -19,4 +19,15 @@ def ldmkit_components() -> Iterable[Component]:
         name="example-bytes",
         target="ldmkit_example_bytes.conditioner:ByteConditioner",
         summary="UTF-8 bytes as tokens.",
+    )
+
+
+@hookimpl
+def ldmkit_examples() -> Iterable[Example]:
+    """Prompts and a small config, for checks."""
+    yield Example(
+        kind="conditioner",
+        name="example-bytes",
+        configs=({"hidden_size": 8, "max_bytes": 40},),
+        inputs=("a cat", "Schrödinger's cat", "fog"),
     )
