@@ -43,7 +43,7 @@ def test_every_hook_says_what_its_targets_are(hook):
 
 def test_every_kind_of_extension_has_its_hook_and_its_check():
     assert sorted([*CALLED_AS_THEY_ARE, *CALLED_WHEN_BUILT]) == sorted(spec.EXTENSION_KINDS)
-    assert {"ldmkit_api", "ldmkit_components", "ldmkit_kernels", *spec.EXTENSIONS} == set(hook_names())
+    assert {"ldmkit_api", "ldmkit_components", "ldmkit_examples", "ldmkit_kernels", *spec.EXTENSIONS} == set(hook_names())
 
 
 @pytest.mark.parametrize("extension", spec.EXTENSIONS.values())
