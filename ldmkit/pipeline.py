@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ldmkit import arguments
+from ldmkit.adapters import Adaptable, Adapters
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.folders import write_folder
 from ldmkit.checkpoints.formats import read_foreign
@@ -78,7 +79,7 @@ class PipelineOutput:
     trajectory: Trajectory | None = None
 
 
-class Pipeline:
+class Pipeline(Adaptable):
     """An autoencoder, a denoiser, a conditioner and a sampler, composed.
 
     Example:
@@ -122,6 +123,7 @@ class Pipeline:
         )
         self.defaults = _config(Defaults, defaults) or Defaults()
         self.accounting: Mapping[str, Accounting] = {}
+        self._adapters = Adapters()
         self._progress: dict[str, Any] = {}
         if self.denoiser.out_channels != self.autoencoder.latent_channels:
             raise ConfigError(
@@ -189,8 +191,9 @@ class Pipeline:
         Raises:
             OutputError, PluginError: where nothing can be written, or a part's class is not registered.
             ConfigError: for parts and settings that diffusers has no counterpart for, with format="diffusers".
-            InputError: for another format.
+            InputError: for another format, or with LoRA adapters that are not fused.
         """
+        self._check_savable()
         parts: dict[str, Part | None] = {
             "autoencoder": self.autoencoder,
             "denoiser": self.denoiser,

@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,17 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: for anything but an archive of tensors: other objects, compressed or oversized members, damage.
     """
+    content = unpickle(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    return tensors_of(path, content)
+
+
+def unpickle(path: Path) -> Any:
+    """What an archive holds: tensors, plain values, lists and mappings of them. Raises: CheckpointError, as `read_pickle`."""
     _check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if "Unsupported global" not in str(error) else _global(str(error))
         raise CheckpointError(
@@ -42,8 +51,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+
+
+def tensors_of(path: Path, content: Any) -> dict[str, Tensor]:
+    """The tensors of a mapping by name. Raises: CheckpointError where it is none, or a tensor is not an ordinary one."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name")
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}

@@ -1,0 +1,225 @@
+"""LoRA files => for each layer of a pipeline the two matrices and their scale, with every key accounted for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldmkit.checkpoints.accounting import Accounting, Shape, grouped
+from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
+from ldmkit.checkpoints.container import SafetensorsFile
+from ldmkit.checkpoints.files import read_json
+from ldmkit.checkpoints.lora_names import NUMBERED_CLASSES, RAW_PEFT, Layers
+from ldmkit.errors import CheckpointError, InputTypeError
+
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""What diffusers and PEFT call the file in a folder."""
+SETTINGS = "adapter_config.json"
+"""PEFT's, beside its file."""
+_EMBEDDING = "an embedding of textual inversion: load_textual_inversion loads it from the same file"
+_OTHER_KINDS = re.compile(
+    r"(dora_scale|lora_magnitude_vector|hada_\w+|lokr_\w+|lora_mid|lora_embedding_[AB]|oft_\w+|\.diff(_b)?$|lora_B.*\.bias$)"
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The change of one layer's weight: scale * up @ down, as stored in the file."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A file before its keys are understood.
+
+    Attributes:
+        source: for messages.
+        settings: of PEFT, by component ("" = all).
+    """
+
+    source: str
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def read_lora(file: str | Path | Mapping[str, Tensor]) -> LoraFile:
+    """A safetensors file, a folder that holds one, or tensors by name.
+
+    Raises:
+        CheckpointError: for a file that is missing, damaged or something else. InputTypeError: for another argument.
+    """
+    if isinstance(file, Mapping):
+        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in file.items()):
+            raise InputTypeError("LoRA weights given as a mapping must map names to tensors")
+        return LoraFile("the given tensors", file)
+    if not isinstance(file, str | Path):
+        raise InputTypeError(f"LoRA weights must be a file, a folder or a mapping, got {type(file).__name__}")
+    path = _in_folder(Path(file)) if Path(file).is_dir() else Path(file)
+    content = SafetensorsFile(path)
+    return LoraFile(str(path), content.tensors(), content.metadata, _settings(path, content.metadata))
+
+
+def _in_folder(folder: Path) -> Path:
+    found = [folder / name for name in FILES if (folder / name).is_file()] or sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointError(f"{folder} must hold one LoRA file (*.safetensors), and holds {names}; name the file")
+    return found[0]
+
+
+def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """How PEFT was told to scale: diffusers keeps it in the metadata, PEFT in a file of its own."""
+    if "lora_adapter_metadata" in metadata:
+        try:
+            flat = json.loads(metadata["lora_adapter_metadata"])
+            settings: dict[str, dict[str, Any]] = {}
+            for key, value in flat.items():
+                component, _, name = key.partition(".")
+                settings.setdefault(component, {})[name] = value
+            return dict(settings)
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its lora_adapter_metadata is no JSON object: {error}") from None
+    beside = path.parent / SETTINGS
+    if path.name != FILES[1] or not beside.is_file():
+        return {}
+    value = read_json(beside)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{beside} must hold a JSON object, and holds a {type(value).__name__}")
+    return {"": value}
+
+
+def pairs_of(file: LoraFile, layers: Layers, *, model: str, strict: bool = True) -> tuple[dict[str, Pair], Accounting]:
+    """What a file adds to each layer, by the layer's name in `Layers`.
+
+    Raises:
+        CheckpointError: for kinds of adapters that are not low-rank pairs, two keys for one matrix, NaN or infinity.
+        ArchitectureMismatchError: listing every key that the pipeline has no place for, or of another shape.
+    """
+    _check_kinds(file)
+    found: dict[str, dict[str, str]] = {}
+    ignored: dict[str, str] = {}
+    unexpected: dict[str, Shape] = {}
+    for key, tensor in file.tensors.items():
+        place = layers.place(key)
+        if key.startswith("bundle_emb.") or file.metadata.get(key) == "<embed>":
+            ignored[key] = _EMBEDDING
+        elif place is None:
+            unexpected[key] = tuple(tensor.shape)
+        elif (first := found.setdefault(place.layer, {}).setdefault(place.role, key)) != key:
+            raise CheckpointError(f"{file.source}: {first} and {key} are both the {place.role} of {place.layer}")
+    if not strict and unexpected:
+        lines = "\n  ".join(grouped(unexpected))
+        text = f"{file.source}: {len(unexpected)} keys are left out (strict=False)\n  {lines}"
+        warnings.warn(text, UnexpectedKeysWarning, stacklevel=4)
+        ignored |= dict.fromkeys(unexpected, "not known to the pipeline, and strict=False")
+        unexpected = {}
+    accounting = Accounting(
+        source=file.source,
+        model=model,
+        mapped={f"{layer}.{role}": key for layer, keys in found.items() for role, key in keys.items()},
+        ignored=ignored,
+        missing={f"{layer}.{role}": () for layer, keys in found.items() for role in ("down", "up") if role not in keys},
+        unexpected=unexpected,
+    )
+    if not accounting.missing:
+        accounting = dataclasses.replace(accounting, misshapen=_misshapen(file, found, layers))
+    accounting.check()
+    if not found:
+        raise CheckpointError(f"{file.source} holds no LoRA weights")
+    _check_finite(file, accounting)
+    return {layer: _pair(file, layer, keys, layers.by_name[layer]) for layer, keys in found.items()}, accounting
+
+
+def _check_kinds(file: LoraFile) -> None:
+    other = sorted({match[1].lstrip(".") for key in file.tensors if (match := _OTHER_KINDS.search(key))})
+    other += [f"use_dora of {SETTINGS}" for settings in file.settings.values() if settings.get("use_dora")]
+    if other:
+        raise CheckpointError(
+            f"{file.source} holds adapters of another kind ({', '.join(other)}); only LoRA's pairs of down and up are read, so "
+            "merge it into a checkpoint with the tool that made it"
+        )
+    for component, known in NUMBERED_CLASSES.items():
+        if any(key.startswith(f"{component}:") for key in file.tensors) and component in file.metadata:
+            named = file.metadata[component]
+            if set(re.findall(r'"(\w+)"', named)) != known:
+                raise CheckpointError(
+                    f"{file.source} numbers the layers of {named}; only the usual {sorted(known)} can be told from numbers"
+                )
+
+
+def _misshapen(file: LoraFile, found: Mapping[str, Mapping[str, str]], layers: Layers) -> dict[str, tuple[Shape, Shape]]:
+    wrong = {}
+    for name, keys in found.items():
+        weight = layers.by_name[name].weight
+        assert isinstance(weight, Tensor)
+        down, up = (tuple(file.tensors[keys[role]].shape) for role in ("down", "up"))
+        wanted_down, wanted_up = _wanted((down or (0,))[0], layers.by_name[name])
+        for role, given, wanted in (("down", down, wanted_down), ("up", up, wanted_up)):
+            if _plain(given) != _plain(wanted) or not given[0]:
+                wrong[f"{name}.{role}"] = (given, wanted)
+        if "alpha" in keys and (alpha := file.tensors[keys["alpha"]]).numel() != 1:
+            wrong[f"{name}.alpha"] = (tuple(alpha.shape), ())
+    return wrong
+
+
+def _wanted(rank: int, layer: nn.Module) -> tuple[Shape, Shape]:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
+
+
+def _plain(shape: Shape) -> Shape:
+    """A 1x1 convolution's weight is as good as a matrix: trainers write both."""
+    return shape[:2] if set(shape[2:]) == {1} else shape
+
+
+def _check_finite(file: LoraFile, accounting: Accounting) -> None:
+    for key in accounting.mapped.values():
+        tensor = file.tensors[key]
+        if not tensor.is_floating_point() and not key.endswith(".alpha"):
+            raise CheckpointError(f"{file.source}: {key} has dtype {tensor.dtype}; weights must be floating-point numbers")
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise CheckpointError(f"{file.source}: {key} holds {bad} NaN or infinite numbers of {tensor.numel()}")
+
+
+def _pair(file: LoraFile, name: str, keys: Mapping[str, str], layer: nn.Module) -> Pair:
+    down, up = file.tensors[keys["down"]], file.tensors[keys["up"]]
+    wanted_down, wanted_up = _wanted(len(down), layer)
+    alpha = float(file.tensors[keys["alpha"]]) if "alpha" in keys else None
+    scale = _scale(file, name, keys["down"], alpha, len(down))
+    return Pair(down.reshape(wanted_down).clone(), up.reshape(wanted_up).clone(), scale)
+
+
+def _scale(file: LoraFile, name: str, key: str, alpha: float | None, rank: int) -> float:
+    """alpha / rank (LoRA, sec. 4.1), or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); 1 where none is told."""
+    if alpha is not None:
+        return alpha / rank
+    component, _, path = name.partition(".")
+    settings = file.settings.get(component, file.settings.get(""))
+    if settings is None:
+        if key.startswith(RAW_PEFT):
+            raise CheckpointError(
+                f"{file.source} has PEFT's own names, whose scale is told by {SETTINGS}; put it beside {FILES[1]}, "
+                "or give .alpha with the tensors"
+            )
+        return 1.0
+    patterns = settings.get("alpha_pattern") or {}
+    own = [value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", path)]
+    told = own[0] if own else settings.get("lora_alpha", rank)
+    if not isinstance(told, int | float):
+        raise CheckpointError(f"{file.source}: lora_alpha = {told!r} must be a number")
+    return told / (math.sqrt(rank) if settings.get("use_rslora") else rank)

@@ -1,0 +1,478 @@
+"""LoRA: every way of naming the keys, merging against float64, and nothing left behind."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldmkit import Pipeline
+from ldmkit.adapters import Adapter, Adapters
+from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
+from ldmkit.checkpoints.filling import skeleton
+from ldmkit.checkpoints.lora import Pair, pairs_of, read_lora
+from ldmkit.checkpoints.lora_names import Layers
+from ldmkit.errors import ArchitectureMismatchError, CheckpointError, InputError, InputTypeError
+from ldmkit.kernels import record
+from ldmkit.testing.accuracy import assert_as_accurate
+from ldmkit_text.clip import CLIPTextConditioner
+from ldmkit_unet.unet import UNet
+from tests.checkpoint_peers import latents, stable_diffusion
+from tests.peers import in_float64
+
+RANK, ALPHA = 3, 2.0
+Pairs = dict[str, Pair]
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def folder(peer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "sd"
+    peer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder)
+
+
+def layers_of(pipe: Pipeline) -> Layers:
+    return Layers(pipe.denoiser, pipe.conditioner)
+
+
+def draw(layers: Layers, wanted: Callable[[str], bool] = lambda name: True, *, seed: int = 0, alpha: float = ALPHA) -> Pairs:
+    """A random pair for each layer, large enough to be seen."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, layer in layers.by_name.items():
+        if wanted(name):
+            out, *rest = layer.weight.shape
+            down = torch.randn(RANK, *rest, generator=generator) / (rest[0] * max(rest[-1] ** 2, 1)) ** 0.5
+            up = torch.randn(out, RANK, *(1 for _ in rest[1:]), generator=generator) / 3
+            pairs[name] = Pair(down, up, alpha / RANK)
+    return pairs
+
+
+def attention(name: str) -> bool:
+    return ".attn" in name or ".self_attn." in name
+
+
+def split(name: str) -> tuple[str, str]:
+    component, _, path = name.partition(".")
+    return component, path
+
+
+def kohya(pairs: Pairs, prefix: str = "lora_te_", rename: Callable[[str], str] = str) -> Tensors:
+    tensors = {}
+    for name, pair in pairs.items():
+        component, path = split(name)
+        path = f"text_model.{path}" if component != "unet" else rename(path)
+        key = ("lora_unet_" if component == "unet" else prefix) + path.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up, f"{key}.alpha": torch.tensor(ALPHA)}
+    return tensors
+
+
+def dotted(pairs: Pairs, down: str, up: str, *, alpha: bool = True) -> Tensors:
+    tensors = {}
+    for name, pair in pairs.items():
+        component, path = split(name)
+        key = f"{component}." + (path if component == "unet" else f"text_model.{path}")
+        tensors |= {f"{key}.{down}.weight": pair.down, f"{key}.{up}.weight": pair.up}
+        if alpha:
+            tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
+def processors(pairs: Pairs) -> Tensors:
+    """diffusers up to 0.16, attention only; text encoders' layers were called as the U-Net's."""
+    old = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out", "to_out.0": "to_out"}
+    tensors = {}
+    for name, pair in pairs.items():
+        component, path = split(name)
+        cut = path.rindex(".to_" if component == "unet" else ".")
+        parent, last = path[:cut], path[cut + 1 :]
+        parent = f"{parent}.processor" if component == "unet" else f"text_model.{parent}"
+        key = f"{component}.{parent}.{old.get(last, last)}_lora"
+        tensors |= {f"{key}.down.weight": pair.down, f"{key}.up.weight": pair.up}
+    return tensors
+
+
+def to_compvis(path: str) -> str:
+    """Of the toy U-Net: two levels of two res blocks, attention on the first."""
+    from ldmkit.checkpoints.compvis import unet_map
+
+    source = unet_map(levels=2, layers_per_block=2, attention=(True, False)).source(f"{path}.weight")
+    assert source is not None
+    return source[0].removesuffix(".weight")
+
+
+FORMATS: dict[str, Callable[[Pairs], Tensors]] = {
+    "kohya": kohya,
+    "kohya, first of two encoders": lambda pairs: kohya(pairs, "lora_te1_"),
+    "kohya on Stability's names": lambda pairs: kohya(pairs, rename=to_compvis),
+    "diffusers and PEFT": lambda pairs: dotted(pairs, "lora_A", "lora_B"),
+    "PEFT with the adapter's name": lambda pairs: dotted(pairs, "lora_A.default", "lora_B.default"),
+    "diffusers 0.17": lambda pairs: dotted(pairs, "lora.down", "lora.up"),
+    "diffusers 0.20": lambda pairs: dotted(pairs, "lora_linear_layer.down", "lora_linear_layer.up"),
+}
+
+
+def assert_same(found: Pairs, wanted: Pairs) -> None:
+    assert found.keys() == wanted.keys()
+    for name, pair in wanted.items():
+        assert torch.equal(found[name].down, pair.down), name
+        assert torch.equal(found[name].up, pair.up), name
+        assert found[name].scale == pair.scale, name
+
+
+@pytest.mark.parametrize("style", FORMATS)
+def test_names(pipe: Pipeline, style: str) -> None:
+    layers = layers_of(pipe)
+    pairs = draw(layers)
+    assert {split(name)[0] for name in pairs} == {"unet", "text_encoder"}
+    assert {type(layer) for layer in layers.by_name.values()} == {nn.Linear, nn.Conv2d}
+    tensors = FORMATS[style](pairs)
+    found, accounting = pairs_of(read_lora(tensors), layers, model="toy")
+    assert_same(found, pairs)
+    assert set(accounting.mapped.values()) == tensors.keys()
+
+
+def test_names_of_attention_processors(pipe: Pipeline) -> None:
+    layers = layers_of(pipe)
+    pairs = draw(layers, attention, alpha=RANK)
+    tensors = processors(pairs)
+    assert_same(pairs_of(read_lora(tensors), layers, model="toy")[0], pairs)
+    unet = {key.removeprefix("unet."): tensor for key, tensor in tensors.items() if key.startswith("unet.")}
+    wanted = {name: pair for name, pair in pairs.items() if name.startswith("unet.")}
+    assert_same(pairs_of(read_lora(unet), layers, model="toy")[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"), [({}, 2 / 3), ({"use_rslora": True}, 2 / 3**0.5), ({"alpha_pattern": {"to_q": 6}}, 2.0)]
+)
+def test_scale_of_peft(pipe: Pipeline, tmp_path: Path, settings: dict[str, Any], scale: float) -> None:
+    """PEFT's own files have no component and no alpha; diffusers' metadata say the same by component."""
+    layers = layers_of(pipe)
+    pairs = draw(layers, lambda name: name.endswith("attn1.to_q"))
+    raw = {f"base_model.model.{key[5:]}": value for key, value in dotted(pairs, "lora_A", "lora_B", alpha=False).items()}
+    save_file(raw, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        pairs_of(read_lora(tmp_path), layers, model="toy")
+    told = {"r": RANK, "lora_alpha": 2, **settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    found, _ = pairs_of(read_lora(tmp_path), layers, model="toy")
+    assert {round(pair.scale, 12) for pair in found.values()} == {round(scale, 12)}
+    flat = json.dumps({f"unet.{key}": value for key, value in told.items()})
+    named = dotted(pairs, "lora_A", "lora_B", alpha=False)
+    save_file(named, tmp_path / "named.safetensors", metadata={"lora_adapter_metadata": flat})
+    found, _ = pairs_of(read_lora(tmp_path / "named.safetensors"), layers, model="toy")
+    assert {round(pair.scale, 12) for pair in found.values()} == {round(scale, 12)}
+
+
+# -------------------------------------------------------------------------------------------------------------- real files
+
+
+def full_size(shared: Path) -> Layers:
+    """Stable Diffusion 1.5 without memory for its weights."""
+    tokenizer = shared / "data" / "checkpoints"
+    vocab = next(path for path in sorted(tokenizer.rglob("vocab.json")) if (path.parent / "merges.txt").exists())
+    config = CLIPTextConditioner.Config(vocab=str(vocab), merges=str(vocab.parent / "merges.txt"))
+    return Layers(skeleton(UNet, UNet.Config()), skeleton(CLIPTextConditioner, config))
+
+
+@pytest.mark.parametrize(("name", "embeddings"), [("analog_svd_rank4", 0), ("lora_disney", 2)])
+def test_files_from_the_wild(shared: Path, name: str, embeddings: int) -> None:
+    """cloneofsimo's numbers: shapes fit only where the order of the layers is the one they were trained in."""
+    file = read_lora(shared / "data" / "lora" / f"{name}.safetensors")
+    pairs, accounting = pairs_of(file, full_size(shared), model="Stable Diffusion 1.5")
+    assert len(pairs) == 144 + 48
+    assert len(accounting.mapped) == 2 * len(pairs)
+    assert len(accounting.ignored) == embeddings
+    assert accounting.mapped["unet.mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.up"] == "unet:139:up"
+    assert accounting.mapped["text_encoder.encoder.layers.1.self_attn.q_proj.up"] == "text_encoder:6:up"
+    other = dataclasses.replace(file, metadata={**file.metadata, "unet": '["CrossAttention", "ResnetBlock2D"]'})
+    with pytest.raises(CheckpointError, match="ResnetBlock2D"):
+        pairs_of(other, full_size(shared), model="Stable Diffusion 1.5")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["analog_svd_rank4", "lora_disney"])
+def test_files_from_the_wild_fuse_and_unfuse(shared: Path, name: str) -> None:
+    """At full size, in float16: only the adapted layers are given memory."""
+    layers = full_size(shared)
+    pairs, _ = pairs_of(read_lora(shared / "data" / "lora" / f"{name}.safetensors"), layers, model="Stable Diffusion 1.5")
+    touched = [layers.by_name[layer] for layer in pairs]
+    before = []
+    for layer in touched:
+        layer.to_empty(device="cpu").half()
+        nn.init.normal_(layer.weight, std=0.03)
+        before.append(layer.weight.detach().clone())
+    held = Adapters({name: Adapter([(layers.by_name[layer], pair) for layer, pair in pairs.items()], 0.8)})
+    held.attach()
+    held.fuse(1.0)
+    for (layer, pair), old in zip(held.loaded[name].pairs, before, strict=True):
+        change = 0.8 * pair.scale * pair.up.double() @ pair.down.double()
+        assert_rounded(layer.weight, old.double() + change)
+    assert any(not torch.equal(layer.weight, old) for layer, old in zip(touched, before, strict=True))
+    held.unfuse()
+    assert all(torch.equal(layer.weight, old) for layer, old in zip(touched, before, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- in pictures
+
+
+def merged(peer: Any, pairs: Pairs, weight: float) -> Any:
+    """diffusers with the change in its weights, in float64."""
+    wide = copy.deepcopy(peer).to(torch.float64)
+    for name, pair in pairs.items():
+        component, path = split(name)
+        layer = getattr(wide, component).get_submodule(path)
+        up, down = (side.double().flatten(1) for side in (pair.up, pair.down))
+        with torch.no_grad():
+            layer.weight += weight * pair.scale * (up @ down).view_as(layer.weight)
+    return wide
+
+
+def test_pictures(peer: Any, pipe: Pipeline, tmp_path: Path) -> None:
+    """Beside the weights and merged into them, against diffusers whose weights were changed in float64."""
+    plain = latents(pipe)
+    pairs = draw(layers_of(pipe))
+    wide = merged(peer, pairs, 0.7)
+    theirs = latents(copy.deepcopy(wide).to(torch.float32))
+    with in_float64():
+        wide.scheduler = type(peer.scheduler).from_config(peer.scheduler.config)
+        oracle = latents(wide, dtype=torch.float64)
+    save_file(kohya(pairs), tmp_path / "style.safetensors")
+    assert pipe.load_lora_weights(tmp_path / "style.safetensors", weight=0.7) == "default_0"
+    assert pipe.accounting["lora default_0"].complete
+    assert not torch.allclose(theirs, plain, atol=0.1)
+    assert_as_accurate(latents(pipe), theirs, oracle, what="beside the weights")
+    pipe.fuse_lora()
+    assert_as_accurate(latents(pipe), theirs, oracle, what="fused")
+    again = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "fused"))
+    assert torch.equal(latents(again), latents(pipe))
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(pipe), plain)
+    assert pipe.adapters == {}
+
+
+def test_pictures_as_with_peft(peer: Any, pipe: Pipeline, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="diffusers loads LoRA through peft: pip install peft")
+    first = dotted(draw(layers_of(pipe), attention, seed=1, alpha=RANK), "lora_A", "lora_B", alpha=False)
+    second = kohya(draw(layers_of(pipe), lambda name: attention(name) or "resnets" in name, seed=2))
+    other = copy.deepcopy(peer)
+    with in_float64():
+        wide = copy.deepcopy(peer).to(torch.float64)
+        wide.scheduler = type(peer.scheduler).from_config(peer.scheduler.config)
+    for target in (other, wide, pipe):
+        for name, tensors in (("one", first), ("two", second)):
+            target.load_lora_weights(dict(tensors), adapter_name=name)
+        target.set_adapters(["one", "two"], [0.5, -0.8])
+    wide.to(torch.float64)
+    with in_float64():
+        oracle = latents(wide, dtype=torch.float64)
+    assert_as_accurate(latents(pipe), latents(other), oracle)
+
+
+def test_several_at_once(pipe: Pipeline) -> None:
+    plain = latents(pipe)
+    for seed in (1, 2):
+        pipe.load_lora_weights(kohya(draw(layers_of(pipe), seed=seed)), f"lora{seed}", weight=seed / 4)
+    assert pipe.adapters == {"lora1": 0.25, "lora2": 0.5}
+    both = latents(pipe)
+    pipe.set_adapters("lora2", 0.5)
+    assert pipe.adapters == {"lora1": 0.0, "lora2": 0.5}
+    second = latents(pipe)
+    pipe.set_adapters(["lora2", "lora1"], [0.5, 0.25])
+    assert torch.equal(latents(pipe), both)
+    pipe.unload_lora_weights("lora1")
+    assert torch.equal(latents(pipe), second)
+    pipe.set_adapters([])
+    assert torch.equal(latents(pipe), plain)
+    assert len({float(x.sum()) for x in (plain, both, second)}) == 3
+
+
+def test_the_feed_forward_is_fused_where_it_is_plain(pipe: Pipeline) -> None:
+    def ops() -> set[str]:
+        with record() as calls:
+            latents(pipe)
+        return {call.op for call in calls}
+
+    assert "geglu_linear" in ops()
+    pipe.load_lora_weights(kohya(draw(layers_of(pipe), lambda name: name.endswith("ff.net.0.proj"))))
+    assert "geglu_linear" not in ops()
+    pipe.fuse_lora()
+    assert "geglu_linear" in ops()
+
+
+def test_the_state_dict_stays_and_adapters_move_with_the_pipeline(pipe: Pipeline) -> None:
+    names = [list(module.state_dict()) for module in pipe.modules.values()]
+    pipe.load_lora_weights(kohya(draw(layers_of(pipe))))
+    assert [list(module.state_dict()) for module in pipe.modules.values()] == names
+    pipe.to(torch.float64)
+    assert latents(pipe, dtype=torch.float64).dtype == torch.float64
+
+
+# ---------------------------------------------------------------------------------------------------------------- reversible
+
+
+def assert_rounded(weight: Tensor, exact: Tensor) -> None:
+    """Each number is the exact one, rounded once (twice where torch goes through float32)."""
+    finfo = torch.finfo(weight.dtype)
+    error = (weight.double() - exact).abs()
+    assert bool((error <= 0.51 * finfo.eps * exact.abs() + finfo.smallest_normal * finfo.eps).all())
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    weights=st.lists(st.floats(-2, 2), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_merged_to_rounding_and_restored_bit_for_bit(seed: int, weights: list[float], dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    net = nn.ModuleList([nn.Linear(5, 4), nn.Conv2d(3, 6, 3, stride=2), nn.Conv2d(4, 2, 1)]).to(dtype)
+    names = {str(i): layer for i, layer in enumerate(net)}
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    held = Adapters()
+    for k, weight in enumerate(weights):
+        layers = object.__new__(Layers)
+        layers.by_name = names
+        pairs = draw(layers, seed=seed + k)
+        held.loaded[f"a{k}"] = Adapter([(names[name], pair) for name, pair in pairs.items()], weight)
+    held.attach()
+    held.fuse(0.5)
+    for i, layer in enumerate(net):
+        assert type(layer) in (nn.Linear, nn.Conv2d)
+        exact = before[f"{i}.weight"].double()
+        for adapter in held.loaded.values():
+            pair = adapter.pairs[i][1]
+            up, down = pair.up.double().flatten(1), pair.down.double().flatten(1)
+            exact = exact + 0.5 * adapter.weight * pair.scale * torch.einsum("or,ri->oi", up, down).view_as(exact)
+        assert_rounded(layer.weight, exact)
+    held.unfuse()
+    held.detach(list(held.loaded))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert [type(layer) for layer in net] == [nn.Linear, nn.Conv2d, nn.Conv2d]
+
+
+# -------------------------------------------------------------------------------------------------------------------- errors
+
+
+def spoil(tensors: Tensors, how: str) -> Tensors:
+    down = next(key for key in tensors if key.endswith("lora_down.weight"))
+    up = down.replace("lora_down", "lora_up")
+    if how == "unexpected":
+        return {**tensors, "lora_unet_elsewhere.lora_down.weight": torch.zeros(3, 3)}
+    if how == "missing":
+        return {key: value for key, value in tensors.items() if key != up}
+    if how == "shape":
+        return {**tensors, up: torch.zeros(5, 5)}
+    if how == "nan":
+        return {**tensors, down: tensors[down] * float("nan")}
+    if how == "integers":
+        return {**tensors, down: tensors[down].int()}
+    if how == "twice":
+        return {**tensors, "unet.conv_in.lora_A.weight": torch.zeros(RANK, 4, 3, 3)}
+    if how == "dora":
+        return {**tensors, "lora_unet_conv_in.dora_scale": torch.ones(16)}
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("unexpected", "unexpected  lora_unet_elsewhere"),
+        ("missing", "missing     unet.conv_in.up"),
+        ("shape", r"shape       unet.conv_in.up: file \(5, 5\), model \(16, 3, 1, 1\)"),
+        ("nan", "lora_unet_conv_in.lora_down.weight holds .* NaN"),
+        ("integers", "floating-point"),
+        ("twice", "are both the down of unet.conv_in"),
+        ("dora", "another kind .dora_scale"),
+        ("empty", "holds no LoRA weights"),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(pipe: Pipeline, how: str, message: str) -> None:
+    tensors = spoil(kohya(draw(layers_of(pipe))), how)
+    with pytest.raises(CheckpointError, match=message):
+        pipe.load_lora_weights(tensors)
+    assert all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers_of(pipe).by_name.values())
+    assert pipe.adapters == {}
+
+
+def test_unexpected_keys_are_left_out_on_request(pipe: Pipeline) -> None:
+    tensors = spoil(kohya(draw(layers_of(pipe))), "unexpected")
+    with pytest.raises(ArchitectureMismatchError):
+        pipe.load_lora_weights(tensors)
+    with pytest.warns(UnexpectedKeysWarning, match="lora_unet_elsewhere"):
+        pipe.load_lora_weights(tensors, "style", strict=False)
+    assert "lora_unet_elsewhere.lora_down.weight" in pipe.accounting["lora style"].ignored
+
+
+def test_a_denoiser_without_text(pipe: Pipeline) -> None:
+    alone = Pipeline(autoencoder="identity", denoiser={"name": "unet", "cross_attention_dim": None, "in_channels": 3,
+                     "out_channels": 3, "block_out_channels": [8], "norm_num_groups": 4, "num_attention_heads": 2,
+                     "transformer_layers_per_block": [1]})  # fmt: skip
+    with pytest.raises(ArchitectureMismatchError, match="lora_te_text_model"):
+        alone.load_lora_weights(kohya(draw(layers_of(pipe))))
+    alone.load_lora_weights(kohya(draw(Layers(alone.denoiser, None))))
+    assert alone.adapters == {"default_0": 1.0}
+
+
+def test_errors(pipe: Pipeline, tmp_path: Path) -> None:
+    tensors = kohya(draw(layers_of(pipe)))
+    with pytest.raises(InputTypeError, match="must be a file"):
+        pipe.load_lora_weights(5)  # type: ignore[arg-type]
+    with pytest.raises(InputTypeError, match="names to tensors"):
+        pipe.load_lora_weights({"a": 1})  # type: ignore[dict-item]
+    with pytest.raises(CheckpointError, match="holds none"):
+        pipe.load_lora_weights(tmp_path)
+    with pytest.raises(InputError, match="without dots"):
+        pipe.load_lora_weights(tensors, "a.b")
+    with pytest.raises(InputError, match="finite"):
+        pipe.load_lora_weights(tensors, weight=float("nan"))
+    with pytest.raises(InputError, match="no LoRA to fuse"):
+        pipe.fuse_lora()
+    with pytest.raises(InputError, match="no LoRA is fused"):
+        pipe.unfuse_lora()
+    pipe.load_lora_weights(tensors, "style")
+    with pytest.raises(InputError, match="is taken"):
+        pipe.load_lora_weights(tensors, "style")
+    with pytest.raises(InputError, match=r"'other'; loaded are style"):
+        pipe.set_adapters(["style", "other"])
+    with pytest.raises(InputError, match="given twice"):
+        pipe.set_adapters(["style", "style"])
+    with pytest.raises(InputError, match="1 names and 2 weights"):
+        pipe.set_adapters(["style"], [1.0, 2.0])
+    with pytest.raises(InputTypeError, match="must be a number"):
+        pipe.set_adapters("style", [True])
+    with pytest.raises(InputError, match="would not be saved"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    pipe.fuse_lora()
+    for call in (pipe.fuse_lora, lambda: pipe.set_adapters("style"), lambda: pipe.unload_lora_weights("style")):
+        with pytest.raises(InputError, match="unfuse_lora first"):
+            call()
+    with pytest.raises(InputError, match="unfuse_lora first"):
+        pipe.load_lora_weights(tensors)
+
+
+def test_fused_weights_are_diffusers_too(pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.load_lora_weights(kohya(draw(layers_of(pipe))))
+    pipe.fuse_lora()
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "sd", format="diffusers"))
+    weights = theirs.unet.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in pipe.denoiser.state_dict().items())
