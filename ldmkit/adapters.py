@@ -1,11 +1,11 @@
-"""What can be added to a pipeline after it was made: LoRA adapters, beside its weights or merged into them."""
+"""What can be added to a pipeline after it was made: LoRA, beside its weights or merged into them, and new words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.lora import Pair, pairs_of, read_lora
 from ldmkit.checkpoints.lora_names import Layers
+from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.interfaces import Conditioner, Denoiser
 from ldmkit.nn.low_rank import LowRank, attach, detach
@@ -83,7 +84,7 @@ def _exact(device: torch.device) -> torch.device:
 
 
 class Adaptable:
-    """The part of `Pipeline` that takes adapters."""
+    """The part of `Pipeline` that takes adapters and words."""
 
     denoiser: Denoiser
     conditioner: Conditioner | None
@@ -139,6 +140,32 @@ class Adaptable:
         self.accounting = {**self.accounting, f"lora {adapter_name}": accounting}
         return adapter_name
 
+    def load_textual_inversion(
+        self, file: str | Path | Mapping[str, Any], token: str | None = None, *, allow_pickle: bool = False
+    ) -> list[str]:
+        """Teach the conditioner words of textual inversion; the tokenizer and the embeddings are extended and saved with it.
+
+        Read are diffusers' `learned_embeds`, the web UI's `string_to_param` and `emb_params`, SDXL's `clip_l` and `clip_g`, and
+        embeddings inside LoRA files. A word of several vectors stands for all of them wherever a prompt has it.
+
+        Args:
+            file: a safetensors file, a pickle (see `allow_pickle`), or its content.
+            token: the word; not given, the file's own, or the file's name where it has none.
+            allow_pickle: read `.pt` and `.bin`, by torch's unpickler for tensors alone, which runs no code of the file.
+
+        Returns:
+            The new words.
+
+        Raises:
+            CheckpointError, ArchitectureMismatchError: for a file that is missing, damaged, or of another width.
+            InputError: for a word that is in the vocabulary already; the pipeline is then as it was.
+        """
+        words = read_textual_inversion(file, token, allow_pickle=allow_pickle)
+        if self.conditioner is None:
+            raise InputError("this pipeline has no conditioner that could learn a word")
+        self.conditioner.add_tokens(words)
+        return list(words)
+
     def set_adapters(self, adapter_names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
         """Use these LoRAs, each with its weight (one weight is for all of them); others stay loaded and are off.
 
@@ -158,8 +185,9 @@ class Adaptable:
                 cast(LowRank, cast(nn.ModuleDict, layer.adapters)[name]).weight = adapter.weight
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Merge all LoRAs, by their weights times `lora_scale`, into the weights: steps cost no more, and `save_pretrained` writes
-        what is drawn. The plain weights are kept on the CPU, so that `unfuse_lora` restores them bit for bit.
+        """Merge all LoRAs, by their weights times `lora_scale`, into the weights; `save_pretrained` then writes what is drawn.
+
+        The plain weights are kept on the CPU, so that `unfuse_lora` restores them bit for bit.
 
         Raises:
             InputError: without any LoRA, or while fused.

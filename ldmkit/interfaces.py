@@ -257,6 +257,14 @@ class Conditioner(Part, nn.Module):
     def check(self, inputs: Sequence[Any]) -> None:
         """Raise a named error for inputs `forward` would refuse, before any work is done. May take `forward`'s options."""
 
+    def add_tokens(self, words: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Learn new words, all of them or none: word => text encoder ("clip_l", "clip_g", "" = the only one) => vectors (n, C).
+
+        Raises:
+            InputError: where there is no vocabulary that could be extended, or a word is in it already.
+        """
+        raise InputError(f"the conditioner {type(self).__name__} has no vocabulary that textual inversion could extend")
+
 
 # ------------------------------------------------------------------------------------------------------------------ denoiser
 

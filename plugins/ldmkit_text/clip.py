@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -18,6 +19,7 @@ from ldmkit.checkpoints.foreign import Configs, Reading, Written
 from ldmkit.config import AssetPath
 from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError
 from ldmkit.interfaces import Condition, Conditioner
+from ldmkit_text.added_tokens import added_decoder, check_new, fitting, grow, pieces
 from ldmkit_text.packed import read_packed
 from ldmkit_text.prompts import PromptEncoder, check_prompts
 from ldmkit_text.weighting import chunks, emphasise, parse
@@ -77,6 +79,8 @@ class CLIPTextConditioner(Conditioner):
             layer: the hidden state to take: "last", "penultimate", or its index, 0 = the embeddings, -1 = the last.
             final_layer_norm: apply CLIP's last LayerNorm to it (Stable Diffusion 1 and 2) or not (XL).
             pooled: also give the projected <|endoftext|> token of the last layer, as `vector_BC`.
+            added_tokens: words beyond the vocabulary and how many embeddings each has, in the order of their ids (textual
+                inversion); `add_tokens` adds them.
         """
 
         vocab: AssetPath
@@ -95,6 +99,7 @@ class CLIPTextConditioner(Conditioner):
         layer: Literal["last", "penultimate"] | int = "last"
         final_layer_norm: bool = True
         pooled: bool = False
+        added_tokens: tuple[tuple[str, int], ...] = ()
 
         @model_validator(mode="after")
         def _fits(self) -> Self:
@@ -131,6 +136,8 @@ class CLIPTextConditioner(Conditioner):
             pad_token=config.pad_token,
             pad_id=vocab[config.pad_token],
         )
+        self.prompt_encoder.add(config.added_tokens)
+        self._first_added, self._end = len(vocab), vocab[EOS]
         model_class = CLIPTextModel if config.projection_dim is None else CLIPTextModelWithProjection
         model = model_class(_clip_config(config, vocab))
         # Its parts are registered, it is not: names are then free of transformers' nesting, and it shares what moves and loads.
@@ -203,6 +210,27 @@ class CLIPTextConditioner(Conditioner):
         vector_BC = output.pooler_output if self.config.projection_dim is None else output.text_embeds
         return Condition(tokens_BLC=tokens_BLC, vector_BC=vector_BC)
 
+    def add_tokens(self, words: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Extend vocabulary and embeddings by words, each of one vector or several; see `Conditioner.add_tokens`.
+
+        Raises:
+            InputError: for a word that is there already, or has spaces.
+            ArchitectureMismatchError: for vectors of another width.
+        """
+        known = list(self.config.added_tokens)
+        vectors = [fitting(word, each, self.config.hidden_size) for word, each in words.items()]
+        new = [(word, len(each)) for word, each in zip(words, vectors, strict=True)]
+        for i, (word, count) in enumerate(new):
+            check_new(word, count, self.prompt_encoder.tokenizer, [*known, *new[:i]])
+        config = self.config.replace(added_tokens=[*known, *new])
+        table = self.embeddings.token_embedding
+        grow(table, self._first_added + len(pieces(known)), torch.cat(vectors))
+        self.prompt_encoder.add(new)
+        self.config, model = config, self._clip[0]
+        model.config.vocab_size = table.num_embeddings
+        model.config.eos_token_id = _end(config, self._end)
+        getattr(model, "text_model", model).eos_token_id = model.config.eos_token_id
+
     def _layer_index(self, clip_skip: int | None) -> int:
         index = self.config.layer_index
         if clip_skip is None:
@@ -247,6 +275,10 @@ class CLIPTextConditioner(Conditioner):
         merges = None if config.merges is None else Path(config.merges)
         length = config.max_position_embeddings
         files = clip_tokenizer_files(Path(config.vocab), merges, pad_token=config.pad_token, length=length)
+        if config.added_tokens:
+            told = json.loads(cast(bytes, files["tokenizer_config.json"]))
+            told["added_tokens_decoder"] = added_decoder(config.added_tokens, self._first_added)
+            files["tokenizer_config.json"] = json.dumps(told, indent=2).encode()
         return {
             f"text_encoder{end}": Written("transformers", class_name, values, clip_map().prefixed("", path)),
             f"tokenizer{end}": Written("transformers", "CLIPTokenizer", files=files),
@@ -318,7 +350,7 @@ def _merges(lines: Sequence[str], path: str) -> list[tuple[str, str]]:
 
 def _clip_config(config: CLIPTextConditioner.Config, vocab: Mapping[str, int]) -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=config.vocab_size or len(vocab),
+        vocab_size=max(config.vocab_size or 0, len(vocab) + len(pieces(config.added_tokens))),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -328,6 +360,12 @@ def _clip_config(config: CLIPTextConditioner.Config, vocab: Mapping[str, int]) -
         projection_dim=config.projection_dim or config.hidden_size,
         layer_norm_eps=config.layer_norm_eps,
         bos_token_id=vocab[BOS],
-        eos_token_id=vocab[EOS] if config.eos_token_id is None else config.eos_token_id,
+        eos_token_id=_end(config, vocab[EOS]),
         pad_token_id=vocab[config.pad_token],
     )
+
+
+def _end(config: CLIPTextConditioner.Config, end: int) -> int:
+    """Where transformers pools. Its rule for old configs that say 2, the highest id, would take an added word for the end."""
+    told = config.eos_token_id
+    return end if told is None or (told == 2 and config.added_tokens) else told

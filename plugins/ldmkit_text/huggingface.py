@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.weights import load_weights, read_weights
 from ldmkit.errors import CheckpointError, ConfigError
+from ldmkit_text.added_tokens import read_added
 from ldmkit_text.packed import PACKED, read_packed
 
 BERT_IGNORED = {
@@ -91,6 +92,7 @@ def clip_values(given: Any, tokenizer: Path, *, projected: bool, source: str) ->
         values |= {"vocab": str(alone)}
     else:
         values |= {"vocab": str(tokenizer / "vocab.json"), "merges": str(tokenizer / "merges.txt")}
+    values["added_tokens"] = read_added(tokenizer)
     return {**values, "pad_token": given.get("pad_token", _pad_token(tokenizer))}
 
 

@@ -11,6 +11,7 @@ from tokenizers import Encoding
 from torch import Tensor
 
 from ldmkit.errors import InputError, InputTypeError
+from ldmkit_text.added_tokens import Words, expand, pieces
 
 SHOWN = 200
 """A message quotes at most this many characters of a prompt."""
@@ -26,6 +27,7 @@ class Tokenizer(Protocol):
     def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding: ...
     def token_to_id(self, token: str) -> int | None: ...
     def enable_truncation(self, max_length: int) -> None: ...
+    def add_tokens(self, tokens: list[str]) -> int: ...
 
 
 def check_prompts(prompts: Sequence[Any]) -> None:
@@ -56,7 +58,12 @@ class PromptEncoder:
         max_length: most tokens of a prompt, start and end included.
         pad_token, pad_id: what shorter prompts are filled with.
         to_longest: pad to the longest prompt of the batch instead of to `max_length`.
+
+    Attributes:
+        words: added to the vocabulary, and written out in prompts; see `ldmkit_text.added_tokens`.
     """
+
+    words: Words = ()
 
     def __init__(self, tokenizer: Tokenizer, *, max_length: int, pad_token: str, pad_id: int, to_longest: bool = False) -> None:
         tokenizer.enable_truncation(max_length)
@@ -72,6 +79,7 @@ class PromptEncoder:
             PromptTruncatedWarning: for a prompt that does not fit, quoting the part that is cut off.
         """
         # One by one: encode_batch starts threads, after which forked data loaders complain.
+        prompts = [expand(prompt, self.words) for prompt in prompts]
         encodings = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, encoding in zip(prompts, encodings, strict=True):
             self._warn_if_cut(prompt, encoding)
@@ -82,9 +90,14 @@ class PromptEncoder:
         mask_BL = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
         return ids_BL, mask_BL
 
+    def add(self, words: Words) -> None:
+        """Give new words the next free ids."""
+        self.tokenizer.add_tokens(pieces(words))
+        self.words = (*self.words, *words)
+
     def ids(self, text: str) -> list[int]:
         """All token ids of a text of any length, without start and end."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = self.tokenizer.encode(expand(text, self.words), add_special_tokens=False)
         return [token for window in (encoding, *encoding.overflowing) for token in window.ids]
 
     def _warn_if_cut(self, prompt: str, encoding: Encoding) -> None:
