@@ -42,13 +42,17 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The embedded model, from the font to the weights in the package; resumes where it was stopped.
+# The embedded model, from the font to the weights in the package, in three stages; each resumes where it was stopped.
+EMOJI := plugins/ldmkit_emoji
 train-emoji: $(VENV)/.installed-dev
 	test -f runs/emoji/data/train.npz || $(BIN)/python -m ldmkit_emoji.data -o runs/emoji/data
-	$(BIN)/ldmkit train autoencoder plugins/ldmkit_emoji/recipes/autoencoder.yaml --out runs/emoji/autoencoder
-	$(BIN)/ldmkit train diffusion plugins/ldmkit_emoji/recipes/diffusion.yaml --out runs/emoji/diffusion
-	$(BIN)/python -m ldmkit_emoji.bundle runs/emoji/diffusion/pipeline
-	$(BIN)/python -m ldmkit_emoji.evaluate -o runs/emoji/report.json
+	$(BIN)/ldmkit train autoencoder $(EMOJI)/recipes/autoencoder.yaml --out runs/emoji/autoencoder
+	$(BIN)/ldmkit train diffusion $(EMOJI)/recipes/diffusion.yaml --out runs/emoji/diffusion
+	test -f runs/emoji/scenes/train.npz || $(BIN)/python -m ldmkit_emoji.data -o runs/emoji/scenes --seed 1 --white 2 --coloured 1 --scenes 4000
+	$(BIN)/ldmkit train diffusion $(EMOJI)/recipes/scenes.yaml --out runs/emoji/diffusion-scenes
+	$(BIN)/python -m ldmkit_emoji.bundle runs/emoji/diffusion-scenes/pipeline
+	$(BIN)/python -m ldmkit_emoji.evaluate -o $(EMOJI)/training/report.json
+	$(BIN)/python -m ldmkit_emoji.history runs/emoji/diffusion runs/emoji/diffusion-scenes -o $(EMOJI)/training
 
 # torch comes first, and builds are not isolated, so that setup.py compiles against the torch that will run.
 $(VENV)/.installed: $(SOURCES)

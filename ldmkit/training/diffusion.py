@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldmkit.checkpoints.parts import load_part
+from ldmkit.checkpoints.weights import load_weights
 from ldmkit.errors import ConfigError
 from ldmkit.images import grid
 from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoiser, Levels
@@ -101,6 +102,8 @@ class DiffusionStage(Stage):
         )
         check_size(recipe.data, self.autoencoder.downscale)
         self.denoiser: Denoiser = build_part("denoiser", recipe.denoiser, base)
+        if recipe.denoiser_weights is not None:
+            _start_from(base / recipe.denoiser_weights, self.denoiser, "denoiser")
         self.conditioner = _conditioner(recipe, base)
         self.pipeline = Pipeline(
             autoencoder=self.autoencoder,
@@ -247,10 +250,12 @@ def _conditioner(recipe: DiffusionRecipe, base: Path) -> Conditioner | None:
         return None
     conditioner: Conditioner = build_part("conditioner", recipe.conditioner, base)
     if recipe.conditioner_weights is not None:
-        stored = load_part(base / recipe.conditioner_weights, kind="conditioner")
-        if type(stored) is not type(conditioner):
-            raise ConfigError(
-                f"conditioner_weights holds a {type(stored).__name__}, the recipe asks for {type(conditioner).__name__}"
-            )
-        conditioner.load_state_dict(stored.state_dict())
+        _start_from(base / recipe.conditioner_weights, conditioner, "conditioner")
     return conditioner.requires_grad_(not recipe.freeze_conditioner)
+
+
+def _start_from(folder: Path, part: Denoiser | Conditioner, kind: str) -> None:
+    stored = load_part(folder, kind=kind)
+    if type(stored) is not type(part):
+        raise ConfigError(f"{kind}_weights holds a {type(stored).__name__}, the recipe asks for {type(part).__name__}")
+    load_weights(part, stored.state_dict(), source=f"{kind}_weights ({folder})")

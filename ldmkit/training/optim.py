@@ -32,7 +32,8 @@ def lr_factor(config: OptimizerConfig, step: int, steps: int) -> float:
     """What the learning rate is multiplied by at step 0, 1, ..., steps - 1: a linear rise, then the decay."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
+    first = config.warmup_steps if config.decay_steps is None else max(config.warmup_steps, steps - config.decay_steps)
+    progress = min(1.0, max(0, step - first) / max(1, steps - 1 - first))
     if config.decay == "cosine":
         return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress))
     if config.decay == "linear":

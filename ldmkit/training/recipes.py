@@ -85,6 +85,9 @@ class OptimizerConfig(Config):
         lr: the learning rate after warm-up.
         warmup_steps: steps of linear rise from 0.
         decay: "constant", or "cosine" or "linear" down to `final` x lr at the recipe's last step.
+        decay_steps: the decay takes up the last so many steps, and the rate is constant before them (Hägele et al. 2024,
+            arXiv:2405.18392); a run that has not come to them yet can be given more `steps` and is the run that had them from
+            the start. None: the decay begins after the warm-up.
     """
 
     lr: float = Field(1e-4, gt=0)
@@ -93,6 +96,7 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(0, ge=0)
     decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay_steps: int | None = Field(None, ge=1)
     final: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -237,7 +241,7 @@ class DiffusionRecipe(Recipe):
         freeze_conditioner: train the denoiser only.
         conditioner_lr: the conditioner's learning rate after warm-up; the optimizer's where None. A text encoder that starts
             from random weights often wants less; one that collapses gives nearly one output for every prompt.
-        conditioner_weights: a folder written by save_part to start the conditioner from.
+        denoiser_weights, conditioner_weights: folders written by save_part to start from, as those in an exported pipeline.
         cache_latents: encode every picture once, and keep posterior means and deviations in memory and on disk.
         cache_dtype: their floating-point type.
         defaults, preview.sampler: go into the exported pipeline.
@@ -245,6 +249,7 @@ class DiffusionRecipe(Recipe):
 
     autoencoder: str
     denoiser: PartSpec
+    denoiser_weights: str | None = None
     conditioner: PartSpec | None = None
     conditioner_weights: str | None = None
     freeze_conditioner: bool = False

@@ -1,14 +1,15 @@
 """The training set: `python -m ldmkit_emoji.data -o DIR`.
 
 Writes, the same bytes for the same seed and packages:
-    train.npz     x: uint8 (N, 64, 64, 3), text: N captions. Glyphs on white and on some named backgrounds each.
+    train.npz     x: uint8 (N, 64, 64, 3), text: N captions. Glyphs on white and on some named backgrounds each, then scenes.
     glyphs.npz    every glyph as RGBA with its names, and whether it is held out.
     captions.txt  the captions of train.npz, one a line.
     vocab.txt     the WordPiece vocabulary for the names of all emoji (the same as recipes/vocab.txt).
     splits.json   what is held out, counts, versions and licences.
 
-Held out whatever the seed: 5% of the emoji families (all skin tones together), and 5% of the pairs (family, background) of the
-others. Which ones is decided by a hash of the name alone, so that evaluation needs no record of the training.
+Held out whatever the seed: 5% of the emoji families (all skin tones together), and of the others 5% of the pairs (family,
+background) and 5% of the pairs of families in one scene. Which ones is decided by a hash of the name alone, so that evaluation
+needs no record of the training.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ldmkit.errors import InputError, OutputError
 from ldmkit_emoji.captions import COLOURS, caption
 from ldmkit_emoji.glyphs import SIZE, Emoji, Glyphs, compose, load, read_emoji
 from ldmkit_emoji.plainly import plainly
+from ldmkit_emoji.scenes import cast, paint, plan_scenes
 from ldmkit_emoji.vocabulary import vocabulary
 
 HELD_OUT = 0.05
@@ -40,6 +42,11 @@ def glyph_held_out(family: str) -> bool:
 def pair_held_out(family: str, colour: str) -> bool:
     """Whether this (trained) family is never trained on with this background; white is never held out."""
     return colour != "white" and not glyph_held_out(family) and _fraction(f"{family} on {colour}") < HELD_OUT
+
+
+def scene_held_out(a: str, b: str) -> bool:
+    """Whether these two (trained) families are never trained on in one scene, whichever of them is on the left."""
+    return _fraction(" and ".join(sorted((a, b)))) < HELD_OUT
 
 
 def _fraction(key: str) -> float:
@@ -62,12 +69,15 @@ def plan(glyphs: Glyphs, *, white: int, coloured: int, seed: int) -> list[tuple[
     ]
 
 
-def make(folder: Path, *, seed: int = 0, white: int = 3, coloured: int = 4, limit: int | None = None) -> dict[str, int]:
+def make(
+    folder: Path, *, seed: int = 0, white: int = 3, coloured: int = 4, scenes: int = 0, limit: int | None = None
+) -> dict[str, int]:
     """Write the five files and return their counts.
 
     Args:
         white: pictures (captions) of each glyph on white.
         coloured: pictures of each glyph on other backgrounds, each a different one, at most 11.
+        scenes: composed pictures (see `ldmkit_emoji.scenes`).
         limit: about how many glyphs to take, evenly spread, for quick trials; all of them when None.
 
     Raises:
@@ -75,23 +85,39 @@ def make(folder: Path, *, seed: int = 0, white: int = 3, coloured: int = 4, limi
         MissingDependencyError: without the system's packages.
         OutputError: for a folder that cannot be written.
     """
-    if white < 1 or not 0 <= coloured < len(COLOURS) or (limit is not None and limit < 1):
-        raise InputError(f"white={white} must be >= 1, coloured={coloured} in 0..{len(COLOURS) - 1}, limit={limit} >= 1")
+    if white < 1 or not 0 <= coloured < len(COLOURS) or scenes < 0 or (limit is not None and limit < 1):
+        raise InputError(
+            f"white={white} must be >= 1, coloured={coloured} in 0..{len(COLOURS) - 1}, scenes={scenes} >= 0, "
+            f"limit={limit} >= 1"
+        )
     glyphs = load(progress=lambda emoji: tqdm(emoji, "drawing glyphs", unit="glyph"))
     if limit is not None:
         kept = np.linspace(0, len(glyphs) - 1, min(limit, len(glyphs))).astype(int)
         glyphs = Glyphs(tuple(glyphs.emoji[i] for i in kept), glyphs.rgba_NHWC[kept])
     rows = plan(glyphs, white=white, coloured=coloured, seed=seed)
-    x_NHWC = np.empty((len(rows), SIZE, SIZE, 3), np.uint8)
+    held_out = [glyph_held_out(e.family) for e in glyphs.emoji]
+    trained = [i for i in cast(glyphs) if not held_out[i]]
+    if scenes and len(trained) < 2:
+        raise InputError(f"limit={limit} leaves {len(trained)} glyphs to make scenes of; at least 2 are needed")
+    composed = plan_scenes(glyphs, trained, scenes, seed)
+    x_NHWC = np.empty((len(rows) + scenes, SIZE, SIZE, 3), np.uint8)
     for n, (i, colour, _) in enumerate(tqdm(rows, "composing", unit="picture")):
         x_NHWC[n] = compose(glyphs.rgba_NHWC[i], COLOURS[colour])
-    texts = [text for _, _, text in rows]
-    held_out = [glyph_held_out(e.family) for e in glyphs.emoji]
+    for n, scene in enumerate(composed, start=len(rows)):
+        x_NHWC[n] = paint(scene, glyphs)
+    texts = [text for _, _, text in rows] + [scene.text for scene in composed]
     pairs = [[e.name, c] for e in glyphs.emoji for c in COLOURS if pair_held_out(e.family, c)]
-    counts = {"glyphs": len(glyphs), "held_out_glyphs": sum(held_out), "held_out_pairs": len(pairs), "pictures": len(rows)}
+    counts = {"glyphs": len(glyphs), "held_out_glyphs": sum(held_out), "held_out_pairs": len(pairs), "pictures": len(texts)}
     splits = {
         "counts": counts,
-        "settings": {"seed": seed, "white": white, "coloured": coloured, "limit": limit, "held_out": HELD_OUT},
+        "settings": {
+            "seed": seed,
+            "white": white,
+            "coloured": coloured,
+            "scenes": scenes,
+            "limit": limit,
+            "held_out": HELD_OUT,
+        },
         "versions": {"numpy": np.__version__, "pillow": PIL.__version__},
         "licences": {"pictures": "Noto Color Emoji, Google, SIL OFL 1.1", "names, keywords": "Unicode, Unicode licence"},
         "colours": COLOURS,
@@ -119,9 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--white", type=int, default=3, help="pictures of each glyph on white (default 3)")
     parser.add_argument("--coloured", type=int, default=4, help="pictures of each glyph on other backgrounds (default 4)")
+    parser.add_argument("--scenes", type=int, default=0, help="composed pictures, of one or two emoji (default 0)")
     parser.add_argument("--limit", type=int, help="about how many glyphs to take, for quick trials")
     args = parser.parse_args(argv)
-    counts = make(args.output, seed=args.seed, white=args.white, coloured=args.coloured, limit=args.limit)
+    counts = make(args.output, seed=args.seed, white=args.white, coloured=args.coloured, scenes=args.scenes, limit=args.limit)
     print(f"{args.output}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
 
 

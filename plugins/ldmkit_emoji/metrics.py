@@ -20,12 +20,41 @@ BORDER = 2
 """Pixels of the border that shows the background; glyphs leave more than half of it free."""
 
 
+FLAT = 0.02
+"""Differences between neighbours well below this (5 of 255) count as a flat place."""
+
+
 def psnr(a_NHWC: Floats, b_NHWC: Floats) -> Floats:
     """Peak signal-to-noise ratio of each picture in dB, (N,); infinite where they are equal."""
     mse_N = np.square(_pictures(a_NHWC) - _pictures(b_NHWC)).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         ratio_N: Floats = -10 * np.log10(mse_N)
     return ratio_N
+
+
+def feature_distance(a_NHWC: Floats, b_NHWC: Floats) -> Floats:
+    """A distance made like LPIPS (Zhang et al. 2018, arXiv:1801.03924, eq. 1), without a trained network, (N,).
+
+    Features are the differences to the next pixel, right and below, of each colour, at full, half and quarter size: six
+    channels per scale. They are scaled to unit length at each place, their squared difference is averaged over places, and the
+    scales are added. Flat places have (almost) no features and (almost) no part in it; lost or invented edges do.
+    """
+    total_N: Floats = np.zeros(len(a_NHWC))
+    a_NHWC, b_NHWC = _pictures(a_NHWC), _pictures(b_NHWC)
+    for _ in range(3):
+        difference = np.square(_edges(a_NHWC) - _edges(b_NHWC)).sum(axis=-1)
+        total_N = total_N + difference.mean(axis=(1, 2))
+        a_NHWC, b_NHWC = (
+            x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, 3).mean(axis=(2, 4)) for x in (a_NHWC, b_NHWC)
+        )
+    return total_N
+
+
+def _edges(x_NHWC: Floats) -> Floats:
+    inner = x_NHWC[:, :-1, :-1]
+    features = np.concatenate([x_NHWC[:, :-1, 1:] - inner, x_NHWC[:, 1:, :-1] - inner], axis=-1)
+    unit: Floats = features / np.sqrt(np.square(features).sum(axis=-1, keepdims=True) + FLAT**2)
+    return unit
 
 
 class NearestGlyph:

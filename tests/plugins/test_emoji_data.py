@@ -13,7 +13,7 @@ from PIL import ImageFont
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from ldmkit.errors import DataError, InputError, MissingDependencyError
-from ldmkit_emoji import captions, data, glyphs
+from ldmkit_emoji import captions, data, glyphs, scenes
 from ldmkit_emoji.captions import COLOURS
 from ldmkit_emoji.glyphs import Emoji, Glyphs
 from ldmkit_emoji.vocabulary import vocabulary
@@ -118,6 +118,43 @@ def test_nothing_held_out_is_trained_on(every_glyph: Glyphs) -> None:
     ], "no held-out picture under another name"
 
 
+def test_scenes_are_made_of_what_is_trained_and_keep_their_pairs_out(every_glyph: Glyphs) -> None:
+    trained = [i for i in scenes.cast(every_glyph) if not data.glyph_held_out(every_glyph.emoji[i].family)]
+    assert 40 < len(trained) < 60
+    planned = scenes.plan_scenes(every_glyph, trained, 3000, seed=1)
+    assert planned == scenes.plan_scenes(every_glyph, trained, 3000, seed=1)
+    assert {i for scene in planned for i, _ in scene.parts} <= set(trained)
+    families = [[every_glyph.emoji[i].family for i, _ in scene.parts] for scene in planned]
+    assert not [pair for pair in families if len(pair) == 2 and data.scene_held_out(*pair)]
+    share = np.mean([len(pair) == 2 for pair in families])
+    assert abs(share - scenes.PAIR_SHARE) < 0.05
+    pairs = [(a, b) for a in trained for b in trained if a < b]
+    out = np.mean([data.scene_held_out(every_glyph.emoji[a].family, every_glyph.emoji[b].family) for a, b in pairs])
+    assert 0.02 < out < 0.08
+    assert data.scene_held_out("owl", "pizza") == data.scene_held_out("pizza", "owl")
+
+
+def test_a_scene_shows_its_parts_at_half_their_size(every_glyph: Glyphs) -> None:
+    i, j = scenes.cast(every_glyph)[:2]
+    left, right = (every_glyph.on(COLOURS["teal"])[k].reshape(32, 2, 32, 2, 3).mean(axis=(1, 3)) for k in (i, j))
+    picture = scenes.paint(scenes.Scene(((i, "left"), (j, "right")), "teal", ""), every_glyph)
+    assert np.abs(picture[scenes.window("left")] - left).max() <= 0.5
+    assert np.abs(picture[16:48, 32:] - right).max() <= 0.5
+    assert (picture[[*range(16), *range(48, 64)]] == COLOURS["teal"]).all()
+    centre = scenes.paint(scenes.Scene(((i, "centre"),), "teal", ""), every_glyph)
+    assert (centre[16:48, 16:48] == picture[scenes.window("left")]).all()
+    large = scenes.paint(scenes.Scene(((j, "large"),), "teal", ""), every_glyph)
+    assert (large == glyphs.compose(every_glyph.rgba_NHWC[j], COLOURS["teal"])).all()
+
+
+def test_captions_of_scenes_fit_the_text_encoder(every_glyph: Glyphs, tokenizer: BertWordPieceTokenizer) -> None:
+    planned = scenes.plan_scenes(every_glyph, scenes.cast(every_glyph), 3000, seed=1)
+    encoded = tokenizer.encode_batch([scene.text for scene in planned])
+    assert max(len(e.ids) for e in encoded) <= 32, "the recipe's max_length"
+    assert not [e.tokens for e in encoded if "[UNK]" in e.tokens]
+    assert not [s for s in planned if s.colour != "white" and f"{s.colour} background" not in s.text]
+
+
 def test_white_is_never_held_out_and_backgrounds_differ() -> None:
     emoji = [_emoji(f"thing {i}") for i in range(200)]
     assert not any(data.pair_held_out(e.family, "white") for e in emoji)
@@ -130,7 +167,7 @@ def test_white_is_never_held_out_and_backgrounds_differ() -> None:
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, every_glyph: Glyphs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "load", lambda progress: every_glyph)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        counts = data.make(tmp_path / name, seed=seed, white=2, coloured=2, limit=40)
+        counts = data.make(tmp_path / name, seed=seed, white=1, coloured=1, scenes=30, limit=400)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["captions.txt", "glyphs.npz", "splits.json", "train.npz", "vocab.txt"]
     read = {name: [(tmp_path / name / file).read_bytes() for file in files] for name in "abc"}
@@ -143,11 +180,11 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, every_glyph: Glyphs,
         assert train["x"].dtype == np.uint8
         assert train["text"].tolist() == (tmp_path / "a" / "captions.txt").read_text().splitlines()
     stored = Glyphs.read(tmp_path / "a" / "glyphs.npz")
-    assert len(stored) == counts["glyphs"] == 40
+    assert len(stored) == counts["glyphs"] == 400
     assert set(stored.emoji) < set(every_glyph.emoji)
 
 
-@pytest.mark.parametrize("counts", [{"white": 0}, {"coloured": 12}, {"coloured": -1}, {"limit": 0}])
+@pytest.mark.parametrize("counts", [{"white": 0}, {"coloured": 12}, {"coloured": -1}, {"scenes": -1}, {"limit": 0}])
 def test_impossible_counts_are_refused(tmp_path: Path, counts: dict[str, int]) -> None:
     with pytest.raises(InputError, match="white="):
         data.make(tmp_path, **counts)

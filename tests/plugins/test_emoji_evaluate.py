@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from ldmkit import Autoencoder, Pipeline
-from ldmkit.errors import CheckpointError, InputError, OutputError
-from ldmkit_emoji import bundle, data, demo, evaluate
+from ldmkit.errors import CheckpointError, DataError, InputError, OutputError
+from ldmkit_emoji import bundle, charts, data, demo, evaluate, gallery, history, measures, scenes
 from ldmkit_emoji.captions import COLOURS
 from ldmkit_emoji.glyphs import Emoji, Glyphs
-from ldmkit_emoji.metrics import NearestGlyph, background, psnr
+from ldmkit_emoji.metrics import NearestGlyph, background, feature_distance, psnr
 
 RECIPES = Path(data.__file__).parent / "recipes"
 TONES = ("", ": light skin tone", ": dark skin tone")
@@ -34,20 +34,22 @@ def toys() -> Glyphs:
         look = random.integers(30, 226, (6, 6, 4)).repeat(10, axis=0).repeat(10, axis=1)
         look[..., 3] = 255 * (look[..., 3] > 100)
         for tone, shade in zip(TONES, (0, 12, -12), strict=True):
-            emoji.append(Emoji(text="?", name=f"Toy {i}{tone}", group="g", subgroup="s", family=f"Toy {i}", keywords=()))
+            emoji.append(
+                Emoji(text="?", name=f"Toy {i}{tone}", group="g", subgroup=scenes.SUBGROUPS[0], family=f"Toy {i}", keywords=())
+            )
             pictures.append(
                 np.pad(look + np.array([shade, shade, shade, 0]), ((2, 2), (2, 2), (0, 0))).clip(0, 255).astype(np.uint8)
             )
     return Glyphs(tuple(emoji), np.stack(pictures))
 
 
-def ideal(toys: Glyphs, shift: int = 0) -> evaluate.Draw:
+def ideal(toys: Glyphs, shift: int = 0) -> measures.Draw:
     """Draws what is asked for, or the emoji `shift` places further on."""
     found: dict[str, np.ndarray] = {}
     for colour, rgb in COLOURS.items():
         pictures_NHWC = np.roll(toys.on(rgb), -shift, axis=0) / 255
         for emoji, picture_HWC in zip(toys.emoji, pictures_NHWC, strict=True):
-            found[evaluate.pair_prompt(emoji, colour)] = picture_HWC
+            found[measures.pair_prompt(emoji, colour)] = picture_HWC
             if colour == "white":
                 found[emoji.name.lower()] = picture_HWC
     return lambda prompts: np.stack([found[prompt] for prompt in prompts])
@@ -58,23 +60,75 @@ def constant(prompts: Sequence[str]) -> np.ndarray:
 
 
 def test_a_perfect_model_reaches_everything(toys: Glyphs) -> None:
-    assert evaluate.fidelity(ideal(toys), toys, 100, 0) == {"top1": 1.0, "top5": 1.0, "prompts": 100}
-    pairs = evaluate.held_out_pairs(ideal(toys), toys, 50, 0)
+    assert measures.fidelity(ideal(toys), toys, 100, 0) == {"top1": 1.0, "top5": 1.0, "prompts": 100}
+    pairs = measures.held_out_pairs(ideal(toys), toys, 50, 0)
     assert pairs == {"background": 1.0, "top1": 1.0, "top5": 1.0, "prompts": 50}
 
 
 def test_a_model_that_ignores_the_prompt_reaches_nothing(toys: Glyphs) -> None:
-    figures = evaluate.fidelity(constant, toys, 100, 0)
+    figures = measures.fidelity(constant, toys, 100, 0)
     assert figures["top1"] < 0.05
     assert figures["top5"] < 0.15
-    assert evaluate.held_out_pairs(constant, toys, 50, 0)["background"] < 0.3, "gray is one of eleven"
+    assert measures.held_out_pairs(constant, toys, 50, 0)["background"] < 0.3, "gray is one of eleven"
 
 
 def test_the_wrong_family_is_wrong_and_another_skin_tone_is_right(toys: Glyphs) -> None:
-    assert evaluate.fidelity(ideal(toys, shift=3), toys, 100, 0)["top1"] == 0
+    assert measures.fidelity(ideal(toys, shift=3), toys, 100, 0)["top1"] == 0
     cycle = {name: name.replace(TONES[2], "") if TONES[2] in name else name for name in (e.name.lower() for e in toys.emoji)}
     draw = ideal(toys)
-    assert evaluate.fidelity(lambda prompts: draw([cycle[p] for p in prompts]), toys, 100, 0)["top1"] == 1
+    assert measures.fidelity(lambda prompts: draw([cycle[p] for p in prompts]), toys, 100, 0)["top1"] == 1
+
+
+def scene_draw(toys: Glyphs, swap: bool = False) -> measures.Draw:
+    """Draws the scene that is asked for, or its mirror image: the other one on the left."""
+    found = {}
+    index = {emoji.name: i for i, emoji in enumerate(toys.emoji)}
+    for a, b in measures.held_out_scenes(toys)[:12]:
+        left, right = (b, a) if swap else (a, b)
+        for colour in COLOURS:
+            scene = scenes.Scene(((index[left.name], "left"), (index[right.name], "right")), colour, "")
+            for wording in scenes.PAIRS:
+                found[scenes.pair_text(wording, a, b, colour)] = scenes.paint(scene, toys) / 255
+    return lambda prompts: np.stack([found[prompt] for prompt in prompts])
+
+
+def test_scenes_are_right_only_with_each_emoji_in_its_half(toys: Glyphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = measures.held_out_scenes(toys)
+    assert all(data.scene_held_out(a.family, b.family) and a.family != b.family for a, b in every)
+    monkeypatch.setattr(measures, "held_out_scenes", lambda glyphs: every[:12])
+    perfect = measures.composed_scenes(scene_draw(toys), toys, 6, 0)
+    assert perfect == {"scenes": 1.0, "parts": 1.0, "top5": 1.0, "background": 1.0, "prompts": 6}
+    swapped = measures.composed_scenes(scene_draw(toys, swap=True), toys, 6, 0)
+    assert swapped["scenes"] == swapped["parts"] == 0
+    assert swapped["background"] == 1
+    draw = scene_draw(toys)
+
+    def half(prompts: Sequence[str]) -> np.ndarray:
+        pictures_BHWC = draw(prompts).copy()
+        pictures_BHWC[:, :, 32:] = 0.5
+        return pictures_BHWC
+
+    one_of_two = measures.composed_scenes(half, toys, 6, 0)
+    assert one_of_two["scenes"] == 0
+    assert one_of_two["parts"] == 0.5
+
+
+def test_diversity_is_that_of_noise(toys: Glyphs) -> None:
+    assert measures.diversity(ideal(toys), toys, 4, 0)["same"] < 1e-12
+    random = np.random.default_rng(0)
+    noise = measures.diversity(lambda prompts: random.normal(size=(len(prompts), 64, 64, 3)), toys, 8, 0)
+    assert noise["same"] == pytest.approx(np.sqrt(2), rel=0.01), "two samples of unit deviation; 98,304 x 8 of them"
+    assert noise["different"] == pytest.approx(np.sqrt(2), rel=0.01)
+
+
+def test_the_distance_of_features_sees_edges_not_shades() -> None:
+    random = np.random.default_rng(0)
+    blocks = random.integers(0, 2, (4, 8, 8, 3)).repeat(8, axis=1).repeat(8, axis=2) * 0.8
+    assert feature_distance(blocks, blocks).tolist() == [0.0] * 4
+    lighter, blurred = blocks + 0.1, (blocks + np.roll(blocks, 4, axis=1) + np.roll(blocks, 4, axis=2)) / 3
+    assert feature_distance(blocks, lighter).max() < 1e-9
+    assert feature_distance(blocks, blurred).min() > 0.1
+    np.testing.assert_allclose(feature_distance(blocks, blurred), feature_distance(blurred, blocks))
 
 
 def test_only_trained_names_and_held_out_pairs_are_asked_for(toys: Glyphs) -> None:
@@ -84,13 +138,13 @@ def test_only_trained_names_and_held_out_pairs_are_asked_for(toys: Glyphs) -> No
         asked.extend(prompts)
         return ideal(toys)(prompts)
 
-    evaluate.fidelity(draw, toys, 10_000, 0)
+    measures.fidelity(draw, toys, 10_000, 0)
     assert sorted(asked) == sorted(e.name.lower() for e in toys.emoji if not data.glyph_held_out(e.family))
     asked.clear()
-    evaluate.held_out_pairs(draw, toys, 10_000, 0)
+    measures.held_out_pairs(draw, toys, 10_000, 0)
     pairs = [(e, c) for e in toys.emoji for c in COLOURS if data.pair_held_out(e.family, c)]
-    assert sorted(asked) == sorted(evaluate.pair_prompt(e, c) for e, c in pairs)
-    assert evaluate.fidelity(ideal(toys), toys, 30, seed=1)["prompts"] == 30
+    assert sorted(asked) == sorted(measures.pair_prompt(e, c) for e, c in pairs)
+    assert measures.fidelity(ideal(toys), toys, 30, seed=1)["prompts"] == 30
 
 
 def test_a_tie_is_no_hit(toys: Glyphs) -> None:
@@ -145,12 +199,13 @@ def test_autoencoders_are_measured_on_held_out_glyphs(toys: Glyphs) -> None:
     kept = [i for i, e in enumerate(toys.emoji) if data.glyph_held_out(e.family)]
     truth = toys.on(COLOURS["white"])[kept] / 255
     expected = psnr(truth, (truth - 0.5) * 0.5 + 0.5)
-    figures = evaluate.autoencoder_psnr(Faded(), toys, batch_size=4)
+    figures = measures.autoencoder_fidelity(Faded(), toys, batch_size=4)
     assert figures["glyphs"] == len(kept) > 0
     assert figures["psnr"] == pytest.approx(expected.mean(), rel=1e-5)
     assert figures["worst"] == pytest.approx(expected.min(), rel=1e-5)
+    assert figures["distance"] == pytest.approx(feature_distance(truth, (truth - 0.5) * 0.5 + 0.5).mean(), rel=1e-4)
     with pytest.raises(InputError, match="nothing to measure"):
-        evaluate.fidelity(constant, Glyphs(toys.emoji[:0], toys.rgba_NHWC[:0]), 1, 0)
+        measures.fidelity(constant, Glyphs(toys.emoji[:0], toys.rgba_NHWC[:0]), 1, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- with a whole model
@@ -188,7 +243,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "max_length": 32,
         },
         prediction="v_prediction",
-        defaults={"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 2.0},
+        defaults={"height": 64, "width": 64, "num_inference_steps": 4, "guidance_scale": 2.0},
     )
     return pipe.save_pretrained(tmp_path_factory.mktemp("emoji") / "tiny")
 
@@ -196,19 +251,33 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_evaluation_runs_and_repeats(
     tiny: Path, toys: Glyphs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    toys.save(tmp_path / "glyphs.npz", [False] * len(toys))
+    few = Glyphs(toys.emoji[:90], toys.rgba_NHWC[:90])
+    few.save(tmp_path / "glyphs.npz", [False] * len(few))
     arguments = ["--fast", "--model", str(tiny), "--data", str(tmp_path), "-o", str(tmp_path / "report.json")]
     reports = []
-    for _ in range(2):
-        evaluate.main(arguments)
+    for only in ([], ["--only", "fidelity", "--only", "scenes"]):
+        evaluate.main(arguments + only)
         reports.append(json.loads((tmp_path / "report.json").read_text()))
-    for name in ("autoencoder", "fidelity", "pairs"):
-        figures = [{k: v for k, v in report[name].items() if k != "seconds"} for report in reports]
+    assert set(evaluate.MEASUREMENTS) < set(reports[0])
+    for name in ("fidelity", "scenes"):
+        figures = [{k: v for k, v in report[name].items() if "seconds" not in k} for report in reports]
         assert figures[0] == figures[1]
+    for name in ("curves", "image-to-image", "inpainting"):
+        with Image.open(tmp_path / f"report-{name}.png") as picture:
+            assert picture.width > picture.height
     assert reports[0]["fidelity"]["prompts"] == evaluate.FAST
-    assert reports[0]["settings"]["defaults"]["num_inference_steps"] == 1
+    assert reports[0]["settings"]["defaults"]["num_inference_steps"] == 4
     assert reports[0]["versions"]["torch"] == str(torch.__version__)
-    assert "PSNR" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("PSNR", "scenes never trained on", "top-1 and top-5 by steps"))
+
+
+def test_one_measurement_alone(tiny: Path, toys: Glyphs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toys.save(tmp_path / "glyphs.npz", [False] * len(toys))
+    evaluate.main(["--only", "autoencoder", "--model", str(tiny), "--data", str(tmp_path), "-o", str(tmp_path / "a.json")])
+    assert set(json.loads((tmp_path / "a.json").read_text())) == {"autoencoder", "settings", "versions"}
+    assert not (tmp_path / "a-curves.png").exists()
+    assert len(capsys.readouterr().out.splitlines()) == 2, "the figures, and what was written"
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -266,6 +335,10 @@ def test_recipes_are_valid_and_fit_one_another() -> None:
     stage_two = load_recipe(DiffusionRecipe, RECIPES / "diffusion.yaml")
     assert stage_two.conditioner is not None
     assert stage_one.data.npz == stage_two.data.npz
+    stage_three = load_recipe(DiffusionRecipe, RECIPES / "scenes.yaml")
+    assert stage_three.denoiser == stage_two.denoiser
+    assert stage_three.conditioner == stage_two.conditioner | {"padding": "longest"}
+    assert (stage_three.schedule, stage_three.prediction) == (stage_two.schedule, stage_two.prediction)
     channels = stage_one.autoencoder["latent_channels"]
     assert channels == stage_two.denoiser["in_channels"] == stage_two.denoiser["out_channels"]
     assert stage_two.denoiser["cross_attention_dim"] == stage_two.conditioner["hidden_size"]
@@ -285,6 +358,45 @@ def test_the_embedded_model_is_small_and_draws() -> None:
     )
     assert a.images.shape == (1, 64, 64, 3)
     np.testing.assert_array_equal(a.images, b.images)
+
+
+def test_the_gallery_draws_every_picture(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gallery.main(["--model", str(tiny), "-o", str(tmp_path / "docs")])
+    written = {path.stem: path for path in (tmp_path / "docs").iterdir()}
+    assert set(written) == set(gallery.PICTURES)
+    sizes = {}
+    for name, path in written.items():
+        with Image.open(path) as picture:
+            sizes[name] = picture.size
+    assert sizes["guidance"] == sizes["noising"], "six pictures in a row"
+    assert str(written["samplers"]) in capsys.readouterr().out
+
+
+def test_the_history_is_drawn_from_logs_and_previews(tmp_path: Path) -> None:
+    for run in ("first", "second"):
+        (tmp_path / run / "samples").mkdir(parents=True)
+        lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (50, 100)]
+        (tmp_path / run / "log.jsonl").write_text("\n".join(lines) + "\n")
+        for step in range(6):
+            Image.new("RGB", (40, 20), (255, 40 * step, 0)).save(tmp_path / run / "samples" / f"step-{step:08d}.png")
+    runs = [tmp_path / "first", tmp_path / "second"]
+    assert history.losses(runs) == {"first": [(50, 0.02), (100, 0.01)], "second": [(150, 0.02), (200, 0.01)]}
+    assert history.samples(runs).size == (4 * 40, 2 * 36), "eight of twelve, four a row"
+    history.main([*map(str, runs), "-o", str(tmp_path / "out")])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"loss.png", "samples.png"}
+    (tmp_path / "first" / "log.jsonl").write_text("")
+    with pytest.raises(DataError, match="empty"):
+        history.losses(runs)
+    with pytest.raises(DataError, match="no folder of a training run"):
+        history.losses([tmp_path])
+    with pytest.raises(DataError, match="no samples"):
+        history.samples([tmp_path])
+
+
+def test_charts_draw_their_lines_where_they_belong() -> None:
+    image = np.asarray(charts.chart("", "", {"": [(0, 1.0), (9, 1.0)]}))
+    rows = np.flatnonzero((image == charts.LINES[0]).all(axis=-1)[:, charts.WIDTH // 2])
+    assert abs(rows.mean() - charts.TOP) <= 1, "the highest value is at the top"
 
 
 @pytest.mark.parametrize("module", ["demo", "evaluate", "bundle"])

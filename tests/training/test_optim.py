@@ -38,6 +38,14 @@ def test_beyond_the_last_step_nothing_rises_again() -> None:
     assert lr_factor(config, 100, 10) == pytest.approx(0.2)
 
 
+def test_a_late_decay_leaves_the_steps_before_it_as_they_are() -> None:
+    late = {"warmup_steps": 2, "decay": "linear", "decay_steps": 4}
+    np.testing.assert_allclose(factors(10, **late), [0.5, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3, 0], atol=1e-15)
+    assert factors(20, **late)[:16] == [*factors(10, **late)[:7], *[1.0] * 9], "a longer run is the same until its own decay"
+    for steps in (8, 100):
+        assert factors(10, **late | {"decay_steps": steps}) == factors(10, warmup_steps=2, decay="linear")
+
+
 def test_only_matrices_decay() -> None:
     network = nn.Sequential(nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2), nn.Linear(2, 2))
     optimizer = make_optimizer([(network, 1.0)], OptimizerConfig(weight_decay=0.5))

@@ -19,7 +19,7 @@ import yaml
 import ldmkit.training.logs as logs
 from ldmkit import Pipeline
 from ldmkit.checkpoints.parts import load_part
-from ldmkit.errors import ConfigError, InputError, NumericalError, OutputError
+from ldmkit.errors import ArchitectureMismatchError, ConfigError, InputError, NumericalError, OutputError
 from ldmkit.training import AutoencoderRecipe, Options, Result, load_recipe, losses, train_autoencoder, train_diffusion
 from ldmkit.training import state as states
 from ldmkit.training.diffusion import DiffusionStage
@@ -126,6 +126,19 @@ def test_a_frozen_conditioner_stays_as_it_is(data: Path, autoencoder: Path, tmp_
     recipe = stage_two(data, autoencoder, steps=3, freeze_conditioner=True, conditioner_weights=str(stored), seed=5)
     second = train_diffusion(recipe, Options(tmp_path / "b", device="cpu")).exported
     assert (second / "conditioner/model.safetensors").read_bytes() == (stored / "model.safetensors").read_bytes()
+
+
+def test_a_run_starts_from_the_weights_of_another(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    first = train_diffusion(stage_two(data, autoencoder, steps=2), Options(tmp_path / "a", device="cpu")).exported
+    start = {"denoiser_weights": str(first / "denoiser"), "conditioner_weights": str(first / "conditioner")}
+    still = {"optimizer": {"lr": 1e-30, "weight_decay": 0}, "seed": 5, "steps": 1}
+    second = train_diffusion(stage_two(data, autoencoder, **start, **still), Options(tmp_path / "b", device="cpu")).exported
+    for part in ("denoiser", "conditioner"):
+        old, new = (load_part(folder / part).state_dict() for folder in (first, second))
+        assert all(bool((new[name] - value).abs().max() < 1e-20) for name, value in old.items()), "one step of 1e-30"
+    other = stage_two(data, autoencoder, denoiser_weights=str(first / "denoiser"), denoiser={**UNET, "layers_per_block": 2})
+    with pytest.raises(ArchitectureMismatchError, match="denoiser_weights"):
+        train_diffusion(other, Options(tmp_path / "c", device="cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- resuming
