@@ -105,6 +105,14 @@ class OptimizerConfig(Config):
             raise ValueError(f"betas = {self.betas}: each must be at least 0 and below 1")
         return self
 
+    @model_validator(mode="after")
+    def _something_decays(self) -> OptimizerConfig:
+        if self.decay_steps is not None and self.decay == "constant":
+            raise ValueError(
+                f"decay_steps = {self.decay_steps} with decay 'constant': choose 'cosine' or 'linear', or leave it out"
+            )
+        return self
+
 
 class EMAConfig(Config):
     """The moving average of the weights that samples are drawn with and that is exported.

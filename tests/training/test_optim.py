@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldmkit.errors import ConfigError
 from ldmkit.training.optim import EMA, lr_factor, make_optimizer
 from ldmkit.training.recipes import EMAConfig, OptimizerConfig
 
@@ -44,6 +45,8 @@ def test_a_late_decay_leaves_the_steps_before_it_as_they_are() -> None:
     assert factors(20, **late)[:16] == [*factors(10, **late)[:7], *[1.0] * 9], "a longer run is the same until its own decay"
     for steps in (8, 100):
         assert factors(10, **late | {"decay_steps": steps}) == factors(10, warmup_steps=2, decay="linear")
+    with pytest.raises(ConfigError, match="decay_steps = 4 with decay 'constant'"):
+        factors(10, decay_steps=4)
 
 
 def test_only_matrices_decay() -> None:
