@@ -1,10 +1,10 @@
-"""The pictures of README.md: `python -m ldmkit_emoji.gallery -o docs`. Each function makes one; all are keyed by a seed.
+"""The pictures of README.md: `python -m ldmkit_emoji.gallery -o docs/gallery`. Each function makes one; all are keyed by a seed.
 
-prompts          sixteen prompts (`ldmkit_emoji.demo` makes docs/demo.png of others)
+prompts          twelve prompts (`ldmkit_emoji.demo` makes docs/demo.png of others)
 guidance         one prompt over guidance scales
 samplers         one prompt over samplers and steps
 image-to-image   one picture over strengths
-inpainting       halves of a picture repainted
+inpainting       half of a picture repainted
 noising          the forward process on one picture, decoded
 """
 
@@ -24,20 +24,20 @@ from ldmkit.images import from_pixels, grid, to_pixels
 from ldmkit_emoji.glyphs import SIZE
 from ldmkit_emoji.plainly import plainly
 
-PROMPT = "octopus on a yellow background"
+PROMPT = "blue heart on a yellow background"
 PROMPTS = (
-    "panda",
-    "strawberry",
-    "a fox on a teal background",
-    "heart with arrow",
+    "crying face",
+    "green heart on a pink background",
+    "woman: blond hair",
     "flag: france",
-    "a ringed planet on a black background",
-    "a small owl on the left",
-    "a small parrot on the right on a pink background",
-    "an owl and a strawberry",
-    "a dolphin next to a watermelon",
-    "a banana left of a duck on a blue background",
-    "a pineapple right of a spouting whale on a purple background",
+    "raised hand: medium skin tone",
+    "a police officer on a teal background",
+    "green apple on a purple background",
+    "sun on a blue background",
+    "tomato",
+    "a red circle on a brown background",
+    "ok button",
+    "butterfly on a gray background",
 )
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0)
 SAMPLERS = ("ddim", "euler-ancestral", "dpm++-2m")
@@ -47,7 +47,7 @@ TIMES = (0, 50, 150, 300, 500, 999)
 
 
 def prompts(pipe: Pipeline, seed: int) -> Image.Image:
-    """Twelve prompts: names, backgrounds, places, two emoji side by side."""
+    """Twelve prompts: names and backgrounds."""
     return grid(pipe(list(PROMPTS), seed=seed).images, columns=4, scale=2, labels=PROMPTS)
 
 
@@ -78,13 +78,13 @@ def image_to_image(pipe: Pipeline, seed: int) -> Image.Image:
 
 
 def inpainting(pipe: Pipeline, seed: int) -> Image.Image:
-    """The right half of a scene repainted with other things; the left half stays."""
-    start = pipe("an owl and a strawberry", seed=seed).images[0]
+    """The right half of a picture repainted in other colours; the left half stays."""
+    start = pipe(PROMPT, seed=seed).images[0]
     mask = Image.new("L", (SIZE, SIZE))
     mask.paste(255, (SIZE // 2, 0, SIZE, SIZE))
-    others = ("pineapple", "parrot", "banana", "octopus")
-    drawn = [pipe(f"an owl and a {other}", image=start, mask_image=mask, seed=seed).images[0] for other in others]
-    labels = ["an owl and a strawberry", "mask", *(f"an owl and a {other}" for other in others)]
+    others = [f"{colour} heart on a yellow background" for colour in ("red", "green", "purple", "black")]
+    drawn = [pipe(other, image=start, mask_image=mask, seed=seed).images[0] for other in others]
+    labels = [PROMPT, "mask", *others]
     return grid([start, mask.convert("RGB"), *drawn], columns=len(labels), scale=2, labels=labels)
 
 
