@@ -1,4 +1,4 @@
-"""The pictures of README.md: `python -m ldmkit_emoji.gallery -o docs/gallery`. Each function makes one; all are keyed by a seed.
+"""The pictures of README.md: `python -m ldmkit_emoji.gallery -o docs/gallery`. One function each, keyed by a seed.
 
 prompts          twelve prompts (`ldmkit_emoji.demo` makes docs/demo.png of others)
 guidance         one prompt over guidance scales
