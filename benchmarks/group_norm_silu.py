@@ -1,8 +1,9 @@
 """GroupNorm with SiLU: the fused kernels against plain torch, torch.compile of it, and a copy of the same tensors.
 
 On a CPU (the default), over the group norms of Stable Diffusion 1.5's and XL's U-Nets and of their decoder: the evidence
-behind the automatic choice (ldmkit/kernels/group_norm_silu/choice.json). With --gpu, on a CUDA device: the backends `cuda` and
-`triton` inside a CUDA graph, and whether they reach the lines drawn for an H200.
+behind the automatic choice (ldmkit/kernels/group_norm_silu/choice.json). torch.compile, which takes seconds a graph, runs
+beside every third shape. With --gpu, on a CUDA device: the backends `cuda` and `triton` inside a CUDA graph, and whether they
+reach the lines drawn for an H200.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ GPU_SHAPES = {
     "SD1.5 U-Net, 512x512": [(2, 320, 64, 64), (2, 1280, 16, 16), (2, 1280, 8, 8)],
 }
 DIRECTIONS = ("forward", "forward+backward")
+COMPILED_EVERY = 3
+"""torch.compile runs beside every so many shapes."""
+MANY = {"rounds": 9, "least_seconds": 0.02}
+"""Timing of many cases."""
 COPY, PLAIN, COMPILED = "copy", "plain", "torch.compile"
 
 
@@ -126,11 +131,19 @@ def summarise(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "dtype": dtype,
             "direction": direction,
-            "geometric_mean": {peer: geometric_mean(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
-            "least": {peer: min(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
+            "shapes": {peer: len(ratios) for peer, ratios in by_peer.items()},
+            "geometric_mean": {peer: geometric_mean(ratios) for peer, ratios in by_peer.items()},
+            "least": {peer: min(ratios) for peer, ratios in by_peer.items()},
         }
         for (dtype, direction), group in groups.items()
+        for by_peer in [medians(group)]
     ]
+
+
+def medians(cases: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """The ratios' medians by peer; not every case has every peer."""
+    peers = dict.fromkeys(peer for case in cases for peer in case["ratios"])
+    return {peer: [case["ratios"][peer].median for case in cases if peer in case["ratios"]] for peer in peers}
 
 
 def show(record: dict[str, Any], cases: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) -> None:
@@ -143,8 +156,8 @@ def show(record: dict[str, Any], cases: Sequence[dict[str, Any]], summary: Seque
             "x".join(map(str, case["case"]["shape"])),
             case["case"]["dtype"],
             case["case"]["direction"],
-            *(case["seconds"][name].text(3, 1e3) for name in names),
-            *(case["ratios"][peer].text() for peer in peers),
+            *(case["seconds"][name].text(3, 1e3) if name in case["seconds"] else "" for name in names),
+            *(case["ratios"][peer].text() if peer in case["ratios"] else "" for peer in peers),
         ]
         for case in cases
     ]
@@ -286,10 +299,18 @@ def main() -> None:
         return
     record = common.environment()
     left_out = "--without-compile was given" if arguments.without_compile else no_compiler()
+    timing = chosen.timing if chosen.quick else MANY
     cases = [
-        measure(model, shape, getattr(torch, dtype), direction, compiled=left_out is None, timing=chosen.timing)
+        measure(
+            model,
+            shape,
+            getattr(torch, dtype),
+            direction,
+            compiled=left_out is None and number % COMPILED_EVERY == 0,
+            timing=timing,
+        )
         for model, shapes in (QUICK_SHAPES if chosen.quick else SHAPES).items()
-        for shape in shapes
+        for number, shape in enumerate(shapes)
         for dtype in arguments.dtypes
         for direction in DIRECTIONS
     ]
@@ -303,7 +324,7 @@ def main() -> None:
         chosen,
         record,
         cases=cases,
-        summary={"groups": summary, "torch.compile left out": left_out},
+        summary={"groups": summary, "timing": timing, "torch.compile left out": left_out},
     )
 
 

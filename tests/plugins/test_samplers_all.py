@@ -174,7 +174,7 @@ def test_what_a_sampler_cannot_is_said_before_anything_runs(pipe, monkeypatch, s
         pipe(**arguments, num_inference_steps=2, seed=0)
 
 
-@pytest.mark.parametrize("sampler", [*NAMES, PlainSampler.build()], ids=str)
+@pytest.mark.parametrize("sampler", [*NAMES, pytest.param(PlainSampler.build(), id="plain")])
 def test_every_sampler_does_what_it_says(pipe, sampler):
     """Text-to-image, image-to-image and inpainting through the pipeline; what is kept of an image is kept."""
     pipe.sampler = sampler
