@@ -20,10 +20,10 @@ def chart(title: str, x_name: str, lines: Mapping[str, Points], *, percent: bool
 
     Args:
         lines: (x, y) each, with rising x; at least two points in all.
-        percent: y are shares, written as percentages.
+        percent: y are shares, written as percentages; the axis goes to 100%.
     """
     xs = [x for points in lines.values() for x, _ in points]
-    top = max(y for points in lines.values() for _, y in points) or 1.0
+    top = 1.0 if percent else max(y for points in lines.values() for _, y in points) or 1.0
     low, high = min(xs), max(xs)
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(12)
