@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from ldmkit.kernels.backends import Implementation
 
@@ -24,9 +26,20 @@ def lacks() -> str | None:
     """Why Triton's kernels cannot run here; None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (Linux)"
-    if interpreting() or torch.cuda.is_available():
+    if interpreting():
+        return _interpreter_lacks(*(importlib.metadata.version(name) for name in ("triton", "numpy")))
+    if torch.cuda.is_available():
         return None
     return "no CUDA device is visible (TRITON_INTERPRET=1, set before Python starts, runs it slowly on the CPU, for checks)"
+
+
+def _interpreter_lacks(triton: str, numpy: str) -> str | None:
+    """Triton before 3.7 makes a loop's bound of an array of one dimension, which numpy takes as a number up to 2.3 alone."""
+    if Version(triton) >= Version("3.7") or Version(numpy) < Version("2.4"):
+        return None
+    return f"Triton {triton} cannot interpret loops with numpy {numpy}; `pip install 'triton>=3.7'` or 'numpy<2.4'"
+        f"Triton {triton} cannot interpret loops with numpy {numpy}; `pip install 'triton>=3.7'` or `pip install 'numpy<2.4'`"
+    )
 
 
 def implementation(op: str) -> Implementation:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ldmkit.errors import KernelError, PluginError
-from ldmkit.kernels import backends, compiled, geglu, group_norm_silu, record, report, rules, third_party, use
+from ldmkit.kernels import backends, compiled, geglu, group_norm_silu, record, report, rules, third_party, triton_support, use
 from ldmkit.plugin import spec
 from ldmkit.plugin.manager import Plugin
 from ldmkit.plugin.spec import Kernel
@@ -290,3 +290,9 @@ def test_an_extension_that_cannot_be_loaded_says_why(monkeypatch):
     assert extension is None
     assert "undefined symbol: _ZN2at" in reason
     assert "rebuild them with `pip install --no-build-isolation" in reason
+
+
+def test_versions_that_cannot_interpret_are_named():
+    assert triton_support._interpreter_lacks("3.7.1", "2.4.6") is None
+    assert triton_support._interpreter_lacks("3.6.0", "2.3.5") is None
+    assert "triton>=3.7" in (triton_support._interpreter_lacks("3.6.0", "2.4.0") or "")
