@@ -38,8 +38,6 @@ def _interpreter_lacks(triton: str, numpy: str) -> str | None:
     if Version(triton) >= Version("3.7") or Version(numpy) < Version("2.4"):
         return None
     return f"Triton {triton} cannot interpret loops with numpy {numpy}; `pip install 'triton>=3.7'` or 'numpy<2.4'"
-        f"Triton {triton} cannot interpret loops with numpy {numpy}; `pip install 'triton>=3.7'` or `pip install 'numpy<2.4'`"
-    )
 
 
 def implementation(op: str) -> Implementation:
