@@ -58,14 +58,14 @@ def read_single_file(
             component.config.setdefault("scaling_factor", _scaling(family, tensors))
     arguments: dict[str, Any] = {"accounting": {}, "conditioner": None}
     arguments |= _settings(family, tensors, _override(config, "scheduler"), given, path)
-    arguments["accounting"]["file"] = _account_for_the_rest(tensors, str(path), strict=strict)
+    arguments["accounting"]["file"] = _account_for_the_rest(tensors, found, given, str(path), strict=strict)
     for kind in ("denoiser", "autoencoder", "conditioner"):
         own = [component for component in found if KINDS.get(component.name, "conditioner") == kind]
         if kind in given or (not own and kind == "conditioner"):
             continue
         if not own:
             raise CheckpointError(f"{path} holds no {kind}; pass {kind}=...")
-        sources = {component.name: _source(component, tensors, path) for component in own}
+        sources = {component.name: source_of(component, tensors, path) for component in own}
         texts = [component for component in own if component.name.startswith("text_encoder")]
         folders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
         tokenizers = {folders[text.name]: find_tokenizer(path, tokenizer) for text in texts}
@@ -215,18 +215,26 @@ def _short(value: float) -> float:
 # ----------------------------------------------------------------------------------------------------------------------- keys
 
 
-def _source(found: Found, tensors: Mapping[str, Tensor], path: Path) -> Source:
+def source_of(found: Found, tensors: Mapping[str, Tensor], path: Path) -> Source:
     """A component with the keys that are its own: those at its place in the file."""
-    places = PLACES.get(found.name) or tuple({f"{rule.theirs.split('.')[0]}." for rule in found.keymap.rules})
-    if found.name.startswith("text_encoder") and places == ("conditioner.",):
-        places = tuple({".".join(rule.theirs.split(".")[:3]) + "." for rule in found.keymap.rules})
-    own = {key: tensor for key, tensor in tensors.items() if key.startswith(places)}
+    own = {key: tensor for key, tensor in tensors.items() if key.startswith(_places(found))}
     return Source(found.class_name, found.config, own, str(path), found.keymap, {**IGNORED, **found.ignored})
 
 
-def _account_for_the_rest(tensors: Mapping[str, Tensor], path: str, *, strict: bool) -> Accounting:
+def _places(found: Found) -> tuple[str, ...]:
+    """What a component's keys begin with."""
+    places = PLACES.get(found.name) or tuple({f"{rule.theirs.split('.')[0]}." for rule in found.keymap.rules})
+    if places == ("conditioner.",):  # conditioner.embedders.0. and so on: each encoder has a number
+        places = tuple({".".join(rule.theirs.split(".")[:3]) + "." for rule in found.keymap.rules})
+    return places
+
+
+def _account_for_the_rest(
+    tensors: Mapping[str, Tensor], found: list[Found], given: Mapping[str, Any], path: str, *, strict: bool
+) -> Accounting:
     """Keys at no component's place. Raises: ArchitectureMismatchError for those without a reason to be left out."""
-    places = (f"{UNET}.", f"{VAE}.", *TEXTS)
+    places = tuple(place for component in found for place in _places(component))
+    places += TEXTS if "conditioner" in given else ()
     rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(places)}
     reasons = {key: next((why for pattern, why in IGNORED.items() if re.match(pattern, key)), None) for key in rest}
     unexpected = {key: tuple(rest[key].shape) for key, why in reasons.items() if why is None}
