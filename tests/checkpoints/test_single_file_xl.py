@@ -98,7 +98,7 @@ def test_keys_of_no_encoder_are_named(file: Path, refiner: bool, tmp_path: Path,
 
 
 def full_size(shared: Path, vocabulary: Path) -> dict[str, Tensor]:
-    """All of the base model, on meta: the published list of the U-Net, and of the rest those that are the same in other models."""
+    """All of the base model, on meta: the U-Net as published, the rest as in the models that share it."""
     paths = {"vocab": str(vocabulary / "vocab.json"), "merges": str(vocabulary / "merges.txt")}
     with torch.device("meta"):
         bigg = build("conditioner", "clip-text", **{**PRESETS["open-clip-bigg"], "vocab_size": 49408, **paths}).state_dict()
