@@ -103,6 +103,7 @@ class Adaptable:
         weight: float = 1.0,
         *,
         strict: bool = True,
+        allow_pickle: bool = False,
     ) -> str:
         """Add a LoRA beside those that are loaded already; it works at once, together with them.
 
@@ -110,10 +111,11 @@ class Adaptable:
         linear layers and convolutions. `pipe.accounting["lora NAME"]` says where each key went.
 
         Args:
-            file: a safetensors file, a folder that holds one, or tensors by name.
+            file: a safetensors file, a folder that holds one, tensors by name, or a pickle (see `allow_pickle`).
             adapter_name: what it is called in `set_adapters`; default_0, default_1, ... if not given.
             weight: how much of it is wanted; may be negative.
             strict: whether keys that the pipeline has no layer for are an error; else they are left out with a warning.
+            allow_pickle: read `.bin` and `.pt`, by torch's unpickler for tensors alone, which runs no code of the file.
 
         Returns:
             Its name.
@@ -133,7 +135,7 @@ class Adaptable:
             raise InputError(f"adapter_name = {adapter_name!r} is taken; choose another, or unload_lora_weights first")
         layers = Layers(self.denoiser, self.conditioner)
         model = " and ".join(type(part).__name__ for part in (self.denoiser, self.conditioner) if part is not None)
-        pairs, accounting = pairs_of(read_lora(file), layers, model=model, strict=strict)
+        pairs, accounting = pairs_of(read_lora(file, allow_pickle=allow_pickle), layers, model=model, strict=strict)
         adapter = Adapter([(layers.by_name[name], pair) for name, pair in pairs.items()], _number("weight", weight))
         held.attach_one(adapter_name, adapter)
         held.loaded[adapter_name] = adapter

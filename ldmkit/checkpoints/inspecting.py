@@ -6,16 +6,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ldmkit.checkpoints.assembling import prepare
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.folders import COMPONENTS, TOKENIZERS, components, is_diffusers_folder, read_object, source
-from ldmkit.checkpoints.pickles import is_pickle
+from ldmkit.checkpoints.lora import EMBEDDING, LoraFile, is_embedding, read_lora
+from ldmkit.checkpoints.lora_names import describe
+from ldmkit.checkpoints.pickles import is_pickle, read_pickle
 from ldmkit.checkpoints.recognise import IGNORED, recognise
 from ldmkit.checkpoints.schedulers import read_scheduler
 from ldmkit.checkpoints.single_file import family_of, read_any
+from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.checkpoints.weights import read_weights
 from ldmkit.errors import CheckpointError, LdmkitError
 
@@ -66,18 +70,64 @@ class Inspection:
 
 
 def inspect(path: Path, *, allow_pickle: bool = False, variant: str | None = None) -> Inspection:
-    """Look at a single file, a folder in the diffusers layout, or one of our own.
+    """Look at a single file, a LoRA, an embedding, a folder in the diffusers layout, or one of our own.
 
     Raises:
         CheckpointError: for what is missing, damaged or none of these. ArchitectureMismatchError: for an unknown file.
     """
     if not path.is_dir():
-        return _file(path, allow_pickle)
+        return inspect_addition(path, allow_pickle=allow_pickle) or _file(path, allow_pickle)
     if is_diffusers_folder(path):
         return _diffusers(path, variant)
     if (path / "pipeline.json").is_file():
         return _own(path)
     raise CheckpointError(f"{path} holds neither model_index.json (diffusers) nor pipeline.json (ldmkit)")
+
+
+def inspect_addition(path: Path, *, allow_pickle: bool) -> Inspection | None:
+    """A LoRA, or words of textual inversion; None for a file that is neither."""
+    if is_pickle(path):
+        if not allow_pickle:
+            return None
+        try:
+            file = LoraFile(str(path), read_pickle(path))
+        except CheckpointError:
+            return None
+    else:
+        file = read_lora(path)
+    tensors, told = file.tensors, {key: describe(key) for key in file.tensors}
+    if any(found is not None and found[2] == "down" for found in told.values()):
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, found in told.items():
+            if found is not None:
+                parts.setdefault(found[0], {})[key] = tensors[key]
+        embeddings = {key: EMBEDDING for key in tensors if is_embedding(key, file.metadata)}
+        return Inspection(
+            path=str(path),
+            layout=" and ".join(dict.fromkeys(found[1] for found in told.values() if found is not None)),
+            architecture=_lora_for(tensors, told),
+            prediction="nothing: it is added to a model",
+            components=[_component(name or "not named", "LoRA", part) for name, part in sorted(parts.items(), reverse=True)],
+            ignored=embeddings,
+            unknown=[key for key, found in told.items() if found is None and key not in embeddings],
+        )
+    try:
+        words = read_textual_inversion(path, allow_pickle=allow_pickle)
+    except LdmkitError:
+        return None
+    sizes = {w: ", ".join(f"{n} {len(x)} x {x.shape[1]}".strip() for n, x in sorted(each.items(), reverse=True)) for w, each in words.items()}
+    lines = [_component(word, sizes[word], each) for word, each in words.items()]
+    return Inspection(str(path), "embeddings of words", "textual inversion", "nothing: it is added to a model", lines)
+
+
+def _lora_for(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> str:
+    """Ranks, and the model by the width of the texts that its cross-attention looks at."""
+    downs = [key for key, found in told.items() if found is not None and found[2] == "down" and tensors[key].ndim > 1]
+    ranks = sorted({len(tensors[key]) for key in downs})
+    widths = {tensors[key].shape[1] for key in downs if re.search(r"attn2[._].*to_[kv]|^unet:[67]:", key)}
+    names = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+    known = [names[width] for width in sorted(widths) if width in names]
+    return f"LoRA of rank {', '.join(map(str, ranks))}" + (f" for {known[0]}" if len(known) == 1 else "")
 
 
 def _file(path: Path, allow_pickle: bool) -> Inspection:

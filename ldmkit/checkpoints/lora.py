@@ -20,13 +20,15 @@ from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
 from ldmkit.checkpoints.container import SafetensorsFile
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.lora_names import NUMBERED_CLASSES, RAW_PEFT, Layers
+from ldmkit.checkpoints.pickles import is_pickle, read_pickle
+from ldmkit.checkpoints.textual_inversion import BUNDLE
 from ldmkit.errors import CheckpointError, InputTypeError
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What diffusers and PEFT call the file in a folder."""
 SETTINGS = "adapter_config.json"
 """PEFT's, beside its file."""
-_EMBEDDING = "an embedding of textual inversion: load_textual_inversion loads it from the same file"
+EMBEDDING = "an embedding of textual inversion: load_textual_inversion loads it from the same file"
 _OTHER_KINDS = re.compile(
     r"(dora_scale|lora_magnitude_vector|hada_\w+|lokr_\w+|lora_mid|lora_embedding_[AB]|oft_\w+|\.diff(_b)?$|lora_B.*\.bias$)"
 )
@@ -56,8 +58,8 @@ class LoraFile:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def read_lora(file: str | Path | Mapping[str, Tensor]) -> LoraFile:
-    """A safetensors file, a folder that holds one, or tensors by name.
+def read_lora(file: str | Path | Mapping[str, Tensor], *, allow_pickle: bool = False) -> LoraFile:
+    """A safetensors file, a folder that holds one, tensors by name, or (where that is allowed) a pickle of these.
 
     Raises:
         CheckpointError: for a file that is missing, damaged or something else. InputTypeError: for another argument.
@@ -69,6 +71,10 @@ def read_lora(file: str | Path | Mapping[str, Tensor]) -> LoraFile:
     if not isinstance(file, str | Path):
         raise InputTypeError(f"LoRA weights must be a file, a folder or a mapping, got {type(file).__name__}")
     path = _in_folder(Path(file)) if Path(file).is_dir() else Path(file)
+    if is_pickle(path):
+        if not allow_pickle:
+            raise CheckpointError(f"{path} is a pickle; allow_pickle=True reads it by torch's unpickler for tensors alone")
+        return LoraFile(str(path), read_pickle(path), settings=_settings(path, {}))
     content = SafetensorsFile(path)
     return LoraFile(str(path), content.tensors(), content.metadata, _settings(path, content.metadata))
 
@@ -115,8 +121,8 @@ def pairs_of(file: LoraFile, layers: Layers, *, model: str, strict: bool = True)
     unexpected: dict[str, Shape] = {}
     for key, tensor in file.tensors.items():
         place = layers.place(key)
-        if key.startswith("bundle_emb.") or file.metadata.get(key) == "<embed>":
-            ignored[key] = _EMBEDDING
+        if is_embedding(key, file.metadata):
+            ignored[key] = EMBEDDING
         elif place is None:
             unexpected[key] = tuple(tensor.shape)
         elif (first := found.setdefault(place.layer, {}).setdefault(place.role, key)) != key:
@@ -142,6 +148,11 @@ def pairs_of(file: LoraFile, layers: Layers, *, model: str, strict: bool = True)
         raise CheckpointError(f"{file.source} holds no LoRA weights")
     _check_finite(file, accounting)
     return {layer: _pair(file, layer, keys, layers.by_name[layer]) for layer, keys in found.items()}, accounting
+
+
+def is_embedding(key: str, metadata: Mapping[str, str]) -> bool:
+    """Whether a key of a LoRA file is a word of textual inversion, as kohya and cloneofsimo store them."""
+    return key.startswith(BUNDLE) or metadata.get(key) == "<embed>"
 
 
 def _check_kinds(file: LoraFile) -> None:
@@ -217,9 +228,22 @@ def _scale(file: LoraFile, name: str, key: str, alpha: float | None, rank: int) 
                 "or give .alpha with the tensors"
             )
         return 1.0
-    patterns = settings.get("alpha_pattern") or {}
-    own = [value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", path)]
-    told = own[0] if own else settings.get("lora_alpha", rank)
-    if not isinstance(told, int | float):
-        raise CheckpointError(f"{file.source}: lora_alpha = {told!r} must be a number")
+    own = _own_alpha(file, settings.get("alpha_pattern") or {}, path)
+    told = settings.get("lora_alpha", rank) if own is None else own
+    if not isinstance(told, int | float) or not math.isfinite(told):
+        raise CheckpointError(f"{file.source}: lora_alpha = {told!r} must be a finite number")
     return told / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _own_alpha(file: LoraFile, patterns: Any, path: str) -> Any:
+    """What `alpha_pattern` says of a layer: its keys are ends of paths, or after ^ whole ones, with or without escaped dots."""
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{file.source}: alpha_pattern = {patterns!r} must map names of layers to numbers")
+    for pattern, value in patterns.items():
+        end = str(pattern).removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", end):
+            raise CheckpointError(f"{file.source}: alpha_pattern has the key {pattern!r}; only names of layers are read")
+        whole = str(pattern).startswith("^")
+        if any(name == end or (not whole and name.endswith(f".{end}")) for name in (path, f"text_model.{path}")):
+            return value
+    return None

@@ -37,6 +37,21 @@ class Place(NamedTuple):
     role: Role
 
 
+def describe(key: str) -> tuple[str, str, Role] | None:
+    """What a key says by itself: component ("" where it names none), whose names they are, role; None for no LoRA's."""
+    if numbered := _NUMBERED.match(key):
+        return numbered[1], "cloneofsimo's numbers", "down" if numbered[3] == "down" else "up"
+    end = _END.search(key)
+    if end is None:
+        return None
+    role: Role = "alpha" if end["alpha"] else "down" if (end["plain"] or end["peft"]) in ("down", "A") else "up"
+    for start, component in _FLAT.items():
+        if key.startswith(start):
+            return component, "kohya's names", role
+    first = key.partition(".")[0]
+    return first if first in (UNET, *ENCODERS) else "", "PEFT's names" if end["peft"] else "diffusers' names", role
+
+
 class Layers:
     """The layers of a pipeline that can be adapted, under all the names that files have for them.
 
@@ -67,13 +82,9 @@ class Layers:
             component, number, role = numbered[1], int(numbered[2]), numbered[3]
             names = self._numbered.get(component, [])
             return Place(names[number], "down" if role == "down" else "up") if number < len(names) else None
-        end = _END.search(key)
-        layer = None if end is None else self._layer(key[: end.start()])
-        if end is None or layer is None:
-            return None
-        if end["alpha"]:
-            return Place(layer, "alpha")
-        return Place(layer, "down" if (end["plain"] or end["peft"]) in ("down", "A") else "up")
+        told = describe(key)
+        layer = None if told is None else self._layer(_END.sub("", key))
+        return None if told is None or layer is None else Place(layer, told[2])
 
     def _layer(self, path: str) -> str | None:
         for start, component in _FLAT.items():

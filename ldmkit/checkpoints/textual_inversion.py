@@ -89,7 +89,8 @@ def _words(
         return {_named(stem, source): dict(content)}
     if set(content) == {WHOLE}:
         return {_named(stem, source): {"": content[WHOLE]}}
-    if not content or not all(isinstance(value, Tensor) and value.ndim in (1, 2) for value in content.values()):
+    paths = len(content) > 1 and any("." in str(key) for key in content)  # those of a network's weights
+    if not content or paths or not all(isinstance(value, Tensor) and value.ndim in (1, 2) for value in content.values()):
         shown = ", ".join(map(str, list(content)[:4])) or "nothing"
         raise CheckpointError(f"{source} holds no embeddings of textual inversion, but {shown}")
     return {key: {"": value} for key, value in content.items()}

@@ -42,7 +42,7 @@ class AdaptedLinear(nn.Linear):
         """(..., in) => (..., out)."""
         out = super().forward(input)
         for adapter in _active(self.adapters):
-            out = out + adapter.weight * adapter.scale * linear(linear(input, adapter.down), adapter.up)
+            out = out + linear(adapter.weight * adapter.scale * linear(input, adapter.down), adapter.up)
         return out
 
 
@@ -55,8 +55,8 @@ class AdaptedConv2d(nn.Conv2d):
         """(B, in, H, W) => (B, out, H', W')."""
         out = super().forward(input)
         for adapter in _active(self.adapters):
-            h_BCHW = self._conv_forward(input, adapter.down, None)
-            out = out + adapter.weight * adapter.scale * conv2d(h_BCHW, adapter.up)
+            h_BCHW = adapter.weight * adapter.scale * self._conv_forward(input, adapter.down, None)
+            out = out + conv2d(h_BCHW, adapter.up)
         return out
 
 

@@ -19,12 +19,14 @@ from ldmkit import Pipeline
 from ldmkit.adapters import Adapter, Adapters
 from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
 from ldmkit.checkpoints.filling import skeleton
+from ldmkit.checkpoints.inspecting import inspect
 from ldmkit.checkpoints.lora import Pair, pairs_of, read_lora
 from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.errors import ArchitectureMismatchError, CheckpointError, InputError, InputTypeError
 from ldmkit.kernels import record
 from ldmkit.testing.accuracy import assert_as_accurate
 from ldmkit_text.clip import CLIPTextConditioner
+from ldmkit_unet.presets import PRESETS
 from ldmkit_unet.unet import UNet
 from tests.checkpoint_peers import latents, stable_diffusion
 from tests.peers import in_float64
@@ -163,7 +165,13 @@ def test_names_of_attention_processors(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "scale"), [({}, 2 / 3), ({"use_rslora": True}, 2 / 3**0.5), ({"alpha_pattern": {"to_q": 6}}, 2.0)]
+    ("settings", "scale"),
+    [
+        ({}, 2 / 3),
+        ({"use_rslora": True}, 2 / 3**0.5),
+        ({"alpha_pattern": {"to_k": 9, "to_q": 6}}, 2.0),
+        ({"alpha_pattern": {"^to_q": 9, r"attn1\.to_q$": 6}}, 2.0),
+    ],
 )
 def test_scale_of_peft(pipe: Pipeline, tmp_path: Path, settings: dict[str, Any], scale: float) -> None:
     """PEFT's own files have no component and no alpha; diffusers' metadata say the same by component."""
@@ -182,6 +190,60 @@ def test_scale_of_peft(pipe: Pipeline, tmp_path: Path, settings: dict[str, Any],
     save_file(named, tmp_path / "named.safetensors", metadata={"lora_adapter_metadata": flat})
     found, _ = pairs_of(read_lora(tmp_path / "named.safetensors"), layers, model="toy")
     assert {round(pair.scale, 12) for pair in found.values()} == {round(scale, 12)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_alpha": "two"}, "lora_alpha = 'two'"),
+        ({"alpha_pattern": [1]}, "must map names"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "only names of layers"),
+        ({"use_dora": True}, "use_dora"),
+    ],
+)
+def test_settings_that_cannot_be_served(pipe: Pipeline, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    layers = layers_of(pipe)
+    pairs = {"unet.conv_in": Pair(torch.zeros(1, 4, 3, 3), torch.zeros(16, 1, 1, 1), 1.0)}
+    tensors = dotted(pairs, "lora_A", "lora_B", alpha=False)
+    raw = {key.replace("unet.", "base_model.model."): value for key, value in tensors.items()}
+    save_file(raw, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=message):
+        pairs_of(read_lora(tmp_path), layers, model="toy")
+
+
+def test_two_text_encoders(pipe: Pipeline) -> None:
+    """In the order in which they are registered, whatever they are called."""
+    both = nn.ModuleDict({"one": copy.deepcopy(pipe.conditioner), "two": copy.deepcopy(pipe.conditioner)})
+    layers = Layers(pipe.denoiser, both)
+    pairs = draw(layers, lambda name: name.startswith("text_encoder"))
+    assert {split(name)[0] for name in pairs} == {"text_encoder", "text_encoder_2"}
+    assert layers.by_name["text_encoder_2.encoder.layers.0.mlp.fc1"] is both["two"].encoder.layers[0].mlp.fc1
+    first, second = ({n: p for n, p in pairs.items() if split(n)[0] == which} for which in ("text_encoder", "text_encoder_2"))
+    tensors = {**kohya(first, "lora_te1_"), **kohya(second, "lora_te2_")}
+    assert_same(pairs_of(read_lora(tensors), layers, model="toy")[0], pairs)
+
+
+def test_pickles_on_request(pipe: Pipeline, tmp_path: Path) -> None:
+    layers = layers_of(pipe)
+    pairs = draw(layers)
+    torch.save(kohya(pairs), tmp_path / "style.bin")
+    with pytest.raises(CheckpointError, match="allow_pickle"):
+        pipe.load_lora_weights(tmp_path / "style.bin")
+    found, _ = pairs_of(read_lora(tmp_path / "style.bin", allow_pickle=True), layers, model="toy")
+    assert_same(found, pairs)
+
+
+def test_every_layer_of_sdxl_under_stabilitys_names(shared: Path) -> None:
+    shapes = json.loads((shared / "data" / "key_shapes" / "sgm_keys_sd_xl_base.json").read_text())
+    layers = Layers(skeleton(UNet, UNet.Config.parse(PRESETS["sdxl"])), None)
+    start = "model.diffusion_model."
+    names = [
+        key[len(start) :].removesuffix(".weight") for key, shape in shapes.items() if key.startswith(start) and len(shape) > 1
+    ]
+    found = [layers.place(f"lora_unet_{name.replace('.', '_')}.lora_down.weight") for name in names]
+    assert {place.layer for place in found if place} == layers.by_name.keys()
+    assert len(names) == len(layers.by_name)
 
 
 # -------------------------------------------------------------------------------------------------------------- real files
@@ -208,6 +270,17 @@ def test_files_from_the_wild(shared: Path, name: str, embeddings: int) -> None:
     other = dataclasses.replace(file, metadata={**file.metadata, "unet": '["CrossAttention", "ResnetBlock2D"]'})
     with pytest.raises(CheckpointError, match="ResnetBlock2D"):
         pairs_of(other, full_size(shared), model="Stable Diffusion 1.5")
+
+
+def test_inspected(shared: Path, tmp_path: Path, pipe: Pipeline) -> None:
+    found = inspect(shared / "data" / "lora" / "lora_disney.safetensors")
+    assert (found.architecture, found.layout) == ("LoRA of rank 1 for Stable Diffusion 1", "cloneofsimo's numbers")
+    assert [(part.name, part.keys) for part in found.components] == [("unet", 288), ("text_encoder", 96)]
+    assert sorted(found.ignored) == ["<s1>", "<s2>"]
+    assert not found.unknown
+    save_file({**kohya(draw(layers_of(pipe))), "more": torch.zeros(1)}, tmp_path / "style.safetensors")
+    found = inspect(tmp_path / "style.safetensors")
+    assert (found.architecture, found.layout, found.unknown) == ("LoRA of rank 3", "kohya's names", ["more"])
 
 
 @pytest.mark.exhaustive

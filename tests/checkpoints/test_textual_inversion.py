@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldmkit import Pipeline
+from ldmkit.checkpoints.inspecting import inspect
 from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.errors import ArchitectureMismatchError, CheckpointError, InputError, InputTypeError
 from ldmkit.testing.accuracy import assert_as_accurate
@@ -89,6 +90,14 @@ def test_sdxl(tmp_path: Path) -> None:
     assert {name: tuple(each.shape) for name, each in words["style"].items()} == {"clip_l": (2, 12), "clip_g": (2, 20)}
 
 
+def test_inspected(tmp_path: Path) -> None:
+    found = inspect(stored(tmp_path, "style.safetensors", {"clip_l": vectors(2, 3), "clip_g": vectors(2, 4, 20)}))
+    assert (found.architecture, found.layout) == ("textual inversion", "embeddings of words")
+    assert [(part.name, part.class_name) for part in found.components] == [("style", "clip_l 2 x 12, clip_g 2 x 20")]
+    found = inspect(FORMATS["diffusers, pickled"](tmp_path), allow_pickle=True)
+    assert [(part.name, part.class_name) for part in found.components] == [("<cat>", "3 x 12")]
+
+
 def test_the_encoder_takes_what_fits_its_width(pipe: Pipeline) -> None:
     pipe.load_textual_inversion({"clip_l": CAT, "clip_g": vectors(3, 4, 20)}, "<cat>")
     table = pipe.conditioner.embeddings.token_embedding.weight  # type: ignore[union-attr]
@@ -154,6 +163,7 @@ def test_words_are_written_out() -> None:
         ({"<cat>": CAT * float("nan")}, None, CheckpointError, "holds 36 NaN"),
         ({"<cat>": CAT.int()}, None, CheckpointError, "floating-point"),
         ({"a": torch.zeros(2, 2, 2)}, None, CheckpointError, "no embeddings of textual inversion, but a"),
+        ({"encoder.a": CAT, "encoder.b": CAT}, None, CheckpointError, "but encoder.a, encoder.b"),
         ({}, None, CheckpointError, "but nothing"),
         ({"string_to_param": {}}, None, CheckpointError, "must hold one embedding"),
         ({"<cat>": CAT, "cat</w>": DOG}, None, InputError, "'cat</w>' is in the vocabulary"),
