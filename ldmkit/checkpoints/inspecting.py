@@ -115,7 +115,9 @@ def inspect_addition(path: Path, *, allow_pickle: bool) -> Inspection | None:
         words = read_textual_inversion(path, allow_pickle=allow_pickle)
     except LdmkitError:
         return None
-    sizes = {w: ", ".join(f"{n} {len(x)} x {x.shape[1]}".strip() for n, x in sorted(each.items(), reverse=True)) for w, each in words.items()}
+    sizes = {}
+    for word, each in words.items():
+        sizes[word] = ", ".join(f"{name} {len(x)} x {x.shape[1]}".strip() for name, x in sorted(each.items(), reverse=True))
     lines = [_component(word, sizes[word], each) for word, each in words.items()]
     return Inspection(str(path), "embeddings of words", "textual inversion", "nothing: it is added to a model", lines)
 

@@ -72,7 +72,8 @@ class Layers:
                 name = f"{component}.{path}"
                 self.by_name[name] = root.get_submodule(path)
                 for alias in _aliases(path, compvis, encoder=component != UNET):
-                    self._dotted[f"{component}.{alias}"] = self._flat[f"{component}.{_flat(alias)}"] = name
+                    for called in (component,) if component == UNET or len(found) > 2 else ENCODERS:  # XL's refiner has the second
+                        self._dotted[f"{called}.{alias}"] = self._flat[f"{called}.{_flat(alias)}"] = name
             order = _cloneofsimo_unet(paths) if component == UNET else _cloneofsimo_text(paths)
             self._numbered[component] = [f"{component}.{path}" for path in order]
 

@@ -210,6 +210,15 @@ class CLIPTextConditioner(Conditioner):
         vector_BC = output.pooler_output if self.config.projection_dim is None else output.text_embeds
         return Condition(tokens_BLC=tokens_BLC, vector_BC=vector_BC)
 
+    def check_tokens(self, words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The vectors of each word for this encoder. Raises: as `add_tokens`, which would refuse the words."""
+        vectors = {word: fitting(word, each, self.config.hidden_size) for word, each in words.items()}
+        known = list(self.config.added_tokens)
+        for word, each in vectors.items():
+            check_new(word, len(each), self.prompt_encoder.tokenizer, known)
+            known.append((word, len(each)))
+        return vectors
+
     def add_tokens(self, words: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Extend vocabulary and embeddings by words, each of one vector or several; see `Conditioner.add_tokens`.
 
@@ -217,14 +226,12 @@ class CLIPTextConditioner(Conditioner):
             InputError: for a word that is there already, or has spaces.
             ArchitectureMismatchError: for vectors of another width.
         """
+        vectors = self.check_tokens(words)
         known = list(self.config.added_tokens)
-        vectors = [fitting(word, each, self.config.hidden_size) for word, each in words.items()]
-        new = [(word, len(each)) for word, each in zip(words, vectors, strict=True)]
-        for i, (word, count) in enumerate(new):
-            check_new(word, count, self.prompt_encoder.tokenizer, [*known, *new[:i]])
+        new = [(word, len(each)) for word, each in vectors.items()]
         config = self.config.replace(added_tokens=[*known, *new])
         table = self.embeddings.token_embedding
-        grow(table, self._first_added + len(pieces(known)), torch.cat(vectors))
+        grow(table, self._first_added + len(pieces(known)), torch.cat([*vectors.values()]))
         self.prompt_encoder.add(new)
         self.config, model = config, self._clip[0]
         model.config.vocab_size = table.num_embeddings

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 import ldmkit.config
 from ldmkit.checkpoints.foreign import Configs, Reading, Written
@@ -122,6 +123,22 @@ class SDXLTextConditioner(Conditioner):
         numbers = sinusoidal_embedding(torch.tensor(sizes, device=pooled_BC.device), self.config.size_dim).flatten()
         sizes_BC = numbers.to(pooled_BC.dtype).expand(len(pooled_BC), -1)
         return Condition(tokens_BLC=tokens_BLC, mask_BL=made.mask_BL, vector_BC=torch.cat([pooled_BC, sizes_BC], dim=1))
+
+    def add_tokens(self, words: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Teach both encoders words, each by the vectors of its width; see `Conditioner.add_tokens`.
+
+        Raises:
+            InputError: for a word that is there already, or has spaces.
+            ArchitectureMismatchError: where an encoder has no vectors of its width.
+        """
+        encoders = {name: each for name, each in (("first", self.first), ("second", self.second)) if each is not None}
+        for encoder in encoders.values():
+            encoder.check_tokens(words)
+        changes = {}
+        for name, encoder in encoders.items():
+            encoder.add_tokens(words)
+            changes[name] = {**getattr(self.config, name), "added_tokens": encoder.config.to_dict()["added_tokens"]}
+        self.config = self.config.replace(**changes)
 
     @classmethod
     def from_diffusers(cls, configs: Configs, tokenizers: Mapping[str, Path]) -> Reading:

@@ -126,6 +126,7 @@ def to_compvis(path: str) -> str:
 FORMATS: dict[str, Callable[[Pairs], Tensors]] = {
     "kohya": kohya,
     "kohya, first of two encoders": lambda pairs: kohya(pairs, "lora_te1_"),
+    "kohya, second of two encoders": lambda pairs: kohya(pairs, "lora_te2_"),
     "kohya on Stability's names": lambda pairs: kohya(pairs, rename=to_compvis),
     "diffusers and PEFT": lambda pairs: dotted(pairs, "lora_A", "lora_B"),
     "PEFT with the adapter's name": lambda pairs: dotted(pairs, "lora_A.default", "lora_B.default"),

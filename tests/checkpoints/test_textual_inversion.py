@@ -18,6 +18,7 @@ from ldmkit.errors import ArchitectureMismatchError, CheckpointError, InputError
 from ldmkit.testing.accuracy import assert_as_accurate
 from ldmkit_text.added_tokens import expand
 from tests.checkpoint_peers import stable_diffusion
+from tests.checkpoints.test_sdxl import stable_diffusion_xl
 
 PROMPT = "a cat like <Cat>, on <dog><cat>"
 
@@ -138,6 +139,34 @@ def test_as_by_diffusers_and_back(peer: Any, pipe: Pipeline, tmp_path: Path) -> 
     assert torch.equal(encoded(Pipeline.from_pretrained(tmp_path / "saved by them")), encoded(pipe))
     with pytest.raises(InputError, match="'<cat>', '<cat>_1', '<cat>_2' is in the vocabulary"):
         ours.load_textual_inversion({"<cat>": CAT})
+
+
+def test_both_encoders_of_xl(tmp_path: Path) -> None:
+    peer = stable_diffusion_xl(tmp_path / "tokenizer")
+    peer.save_pretrained(tmp_path / "xl")
+    pipe = Pipeline.from_pretrained(tmp_path / "xl")
+    conditioner: Any = pipe.conditioner
+    with pytest.raises(ArchitectureMismatchError, match="have 14"):
+        pipe.load_textual_inversion({"clip_l": CAT}, "<cat>")
+    both = {"clip_l": CAT, "clip_g": vectors(3, 4, 14)}
+    pipe.load_textual_inversion(both, "<cat>")
+    assert torch.equal(conditioner.first.embeddings.token_embedding.weight[-3:], CAT)
+    peer.load_textual_inversion({"<cat>": CAT}, text_encoder=peer.text_encoder, tokenizer=peer.tokenizer)
+    peer.load_textual_inversion({"<cat>": both["clip_g"]}, text_encoder=peer.text_encoder_2, tokenizer=peer.tokenizer_2)
+
+    def theirs(pipe: Any) -> Tensor:
+        with torch.no_grad():
+            return pipe.encode_prompt("a <cat> dog", device="cpu", do_classifier_free_guidance=False)[0]
+
+    def ours(pipe: Pipeline) -> Tensor:
+        with torch.no_grad():
+            tokens_BLC = pipe.conditioner(["a <cat> dog"], image_size=(8, 8)).tokens_BLC  # type: ignore[misc, call-arg]
+        assert tokens_BLC is not None
+        return tokens_BLC
+
+    assert_as_accurate(ours(pipe), theirs(peer), theirs(copy.deepcopy(peer).to(torch.float64)))
+    assert torch.equal(ours(Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "ours"))), ours(pipe))
+    assert torch.equal(ours(Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "w", format="diffusers"))), ours(pipe))
 
 
 def test_weighted_prompts_know_the_words(pipe: Pipeline) -> None:
