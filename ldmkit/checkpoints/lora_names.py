@@ -68,11 +68,13 @@ class Layers:
         for component, root in found.items():
             paths = [path for path, layer in root.named_modules() if adaptable(layer)]
             compvis = _compvis(paths) if component == UNET else None
+            alone = component != UNET and len(found) == 2  # the only encoder may be the second, as in XL's refiner
+            called_too = ENCODERS if alone else (component,)
             for path in paths:
                 name = f"{component}.{path}"
                 self.by_name[name] = root.get_submodule(path)
                 for alias in _aliases(path, compvis, encoder=component != UNET):
-                    for called in (component,) if component == UNET or len(found) > 2 else ENCODERS:  # XL's refiner has the second
+                    for called in called_too:
                         self._dotted[f"{called}.{alias}"] = self._flat[f"{called}.{_flat(alias)}"] = name
             order = _cloneofsimo_unet(paths) if component == UNET else _cloneofsimo_text(paths)
             self._numbered[component] = [f"{component}.{path}" for path in order]
