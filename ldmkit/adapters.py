@@ -44,8 +44,12 @@ class Adapters:
             self.attach_one(name, adapter)
 
     def attach_one(self, name: str, adapter: Adapter) -> None:
+        made = []
         for layer, pair in adapter.pairs:
-            attach(layer, name, LowRank(pair.down, pair.up, scale=pair.scale, weight=adapter.weight))
+            weight = cast(Tensor, layer.weight)
+            made.append(LowRank(pair.down, pair.up, scale=pair.scale, weight=adapter.weight).to(weight.device, weight.dtype))
+        for (layer, _), low_rank in zip(adapter.pairs, made, strict=True):  # once there was memory for all
+            attach(layer, name, low_rank)
 
     def detach(self, names: Sequence[str]) -> None:
         for name in names:
@@ -61,14 +65,18 @@ class Adapters:
                 changes.setdefault(layer, []).append((adapter.weight * pair.scale * lora_scale, pair))
         self.detach(list(self.loaded))
         self.kept = []
-        for layer, terms in changes.items():
-            weight = cast(nn.Parameter, layer.weight)
-            self.kept.append((layer, weight.detach().to("cpu", copy=True)))
-            merged = weight.to(_exact(weight.device), torch.float64)
-            for factor, pair in terms:
-                up, down = (side.to(merged).flatten(1) for side in (pair.up, pair.down))
-                merged += factor * (up @ down).view_as(merged)
-            weight.copy_(merged)
+        try:
+            for layer, terms in changes.items():
+                weight = cast(nn.Parameter, layer.weight)
+                self.kept.append((layer, weight.detach().to("cpu", copy=True)))
+                merged = weight.to(_exact(weight.device), torch.float64)
+                for factor, pair in terms:
+                    up, down = (side.to(merged).flatten(1) for side in (pair.up, pair.down))
+                    merged += factor * (up @ down).view_as(merged)
+                weight.copy_(merged)
+        except BaseException:  # memory ran out, or the user's patience
+            self.unfuse()
+            raise
 
     @torch.no_grad()
     def unfuse(self) -> None:
@@ -131,7 +139,7 @@ class Adaptable:
             adapter_name = next(name for i in range(len(held.loaded) + 1) if (name := f"default_{i}") not in held.loaded)
         if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
             raise InputError(f"adapter_name = {adapter_name!r}: must be a string, not empty, without dots")
-        if adapter_name in held.loaded or hasattr(nn.ModuleDict, adapter_name):
+        if adapter_name in held.loaded or hasattr(nn.ModuleDict(), adapter_name):
             raise InputError(f"adapter_name = {adapter_name!r} is taken; choose another, or unload_lora_weights first")
         layers = Layers(self.denoiser, self.conditioner)
         model = " and ".join(type(part).__name__ for part in (self.denoiser, self.conditioner) if part is not None)

@@ -69,12 +69,11 @@ def adaptable(layer: nn.Module) -> bool:
 
 
 def attach(layer: nn.Module, name: str, adapter: LowRank) -> None:
-    """Put an adapter beside an `adaptable` layer, on its device and in its dtype."""
+    """Put an adapter beside an `adaptable` layer, whose device and dtype it has."""
     if type(layer) in _ADAPTED:
         layer.adapters = nn.ModuleDict()
         layer.__class__ = _ADAPTED[type(layer)]
-    weight = cast(Tensor, layer.weight)
-    cast(nn.ModuleDict, layer.adapters)[name] = adapter.to(device=weight.device, dtype=weight.dtype)
+    cast(nn.ModuleDict, layer.adapters)[name] = adapter
 
 
 def detach(layer: nn.Module, name: str) -> None:

@@ -488,6 +488,25 @@ def test_what_does_not_fit_changes_nothing(pipe: Pipeline, how: str, message: st
     assert pipe.adapters == {}
 
 
+def test_fusing_that_fails_leaves_all_as_it_was(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe.load_lora_weights(kohya(draw(layers_of(pipe))), "style")
+    before = latents(pipe)
+    calls: list[torch.device] = []
+
+    def exact(device: torch.device) -> torch.device:
+        calls.append(device)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory left")
+        return device
+
+    monkeypatch.setattr("ldmkit.adapters._exact", exact)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe.fuse_lora()
+    assert torch.equal(latents(pipe), before)
+    assert pipe.adapters == {"style": 1.0}
+    pipe.fuse_lora()
+
+
 def test_unexpected_keys_are_left_out_on_request(pipe: Pipeline) -> None:
     tensors = spoil(kohya(draw(layers_of(pipe))), "unexpected")
     with pytest.raises(ArchitectureMismatchError):
@@ -517,6 +536,8 @@ def test_errors(pipe: Pipeline, tmp_path: Path) -> None:
         pipe.load_lora_weights(tmp_path)
     with pytest.raises(InputError, match="without dots"):
         pipe.load_lora_weights(tensors, "a.b")
+    with pytest.raises(InputError, match="is taken"):
+        pipe.load_lora_weights(tensors, "training")
     with pytest.raises(InputError, match="finite"):
         pipe.load_lora_weights(tensors, weight=float("nan"))
     with pytest.raises(InputError, match="no LoRA to fuse"):
