@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -68,7 +69,7 @@ def build(
 def corners(tiny: bool) -> list[Case]:
     """Nothing, one, odd sizes, sizes about a tile, a row block of the models' widths."""
     sizes: list[tuple[tuple[int, ...], int, int]] = [((1,), 1, 1), ((5,), 3, 7), ((17,), 33, 9), ((2, 65), 40, 48)]
-    sizes += [((0,), 8, 4), ((2, 0), 8, 4), ((3,), 8, 0), ((), 8, 4)]
+    sizes += [((0,), 8, 4), ((2, 0), 8, 4), ((3,), 8, 0), ((3,), 0, 4), ((), 8, 4)]
     sizes += [] if tiny else [((130,), 320, 129), ((2, 64), 320, 1280), ((300,), 64, 70)]
     return [
         {**PLAIN_CASE, "lead": lead, "k": k, "n": n, "dtype": DTYPES[i % 3], "bias": i % 2 == 0}
@@ -122,10 +123,13 @@ def raw(problem: Problem) -> tuple[Any, ...]:
 
 
 def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
-    """Sums of |x| |weight|, and what their rounding does behind the gate; sums of gradients with their signs away."""
+    """Sums of |x| |weight|, and what their rounding does behind the gate; sums of gradients with their signs away.
+
+    The gradient of hidden is rounded to the dtype before it is summed. Its roundings are independent: squares add up.
+    """
     weight = problem.tensors["weight"]
     x, grad = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (problem.tensors["x"], problem.grads[0].abs()))
-    bias = problem.tensors.get("bias", torch.zeros_like(weight[:, 0]))
+    bias = problem.tensors.get("bias", weight.new_zeros(len(weight)))
     hidden, terms = x @ weight.T + bias, x.abs() @ weight.abs().T + bias.abs()
     (value, gate), (value_terms, gate_terms) = hidden.chunk(2, dim=-1), terms.chunk(2, dim=-1)
     # |GELU| <= |g|, |GELU'| <= 1.13 and |GELU''| <= 0.8
@@ -133,7 +137,11 @@ def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
     of_value, of_gate = gate.abs() + 1.13 * gate_terms, 1.13 * value_terms + 0.8 * value.abs() * gate_terms
     steps = torch.cat([grad * of_value, grad * of_gate], dim=-1)
     summed |= {"gradient of x": steps @ weight.abs(), "gradient of weight": steps.T @ x.abs(), "gradient of bias": steps.sum(0)}
-    return {name: (largest(exact[name]), largest(s)) for name, s in summed.items() if name in exact}
+    squares = torch.cat([grad * F.gelu(gate), 1.13 * grad * value], dim=-1).square()
+    spread = {"gradient of x": squares @ weight.square(), "gradient of weight": squares.T @ x.square()}
+    spread |= {"gradient of bias": squares.sum(0)}
+    rounded = {name: largest(s) ** 0.5 for name, s in spread.items()}
+    return {name: (max(largest(truth), rounded.get(name, 0.0)), largest(summed[name])) for name, truth in exact.items()}
 
 
 OP = Op(

@@ -24,7 +24,7 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
     if INTERPRETED:  # its products in half precision are wrong
         a = widen(a)
         b = widen(b)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION, out_dtype=accumulator.dtype)
 
 
 @triton.jit
