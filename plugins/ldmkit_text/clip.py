@@ -55,6 +55,58 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Values of `CLIPTextConditioner.Config` for the encoders people have; `vocab` and `merges` are to be added."""
 
 
+class CLIPEncoderConfig(ldmkit.config.Config):
+    """Architecture as in transformers' `CLIPTextConfig`, and what is taken from it. The defaults are CLIP-L's.
+
+    Attributes:
+        vocab_size: rows of the embedding table; None = the entries of the vocabulary.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act, layer_norm_eps,
+            max_position_embeddings: as there; prompts are cut and padded to the last.
+        projection_dim: width of the pooled vector's projection; None = there is none.
+        eos_token_id: where the pooled vector is taken: the first such token; None = <|endoftext|>; 2 = the highest id, as
+            transformers treats old configs that say 2.
+        pad_token: <|endoftext|>, or "!" for OpenCLIP. As in transformers, a "!" in a prompt then means padding too.
+        layer: the hidden state to take: "last", "penultimate", or its index, 0 = the embeddings, -1 = the last.
+        final_layer_norm: apply CLIP's last LayerNorm to it (Stable Diffusion 1 and 2) or not (XL).
+        pooled: also give the projected <|endoftext|> token of the last layer, as `vector_BC`.
+        added_tokens: words beyond the vocabulary and how many embeddings each has, in the order of their ids (textual
+            inversion); `add_tokens` adds them.
+    """
+
+    vocab_size: int | None = Field(None, ge=1)
+    hidden_size: int = Field(768, ge=1)
+    intermediate_size: int = Field(3072, ge=1)
+    num_hidden_layers: int = Field(12, ge=1)
+    num_attention_heads: int = Field(12, ge=1)
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    max_position_embeddings: int = Field(77, ge=3)
+    projection_dim: int | None = Field(None, ge=1)
+    eos_token_id: int | None = Field(None, ge=0)
+    layer_norm_eps: float = Field(1e-5, gt=0)
+    pad_token: str = EOS
+    layer: Literal["last", "penultimate"] | int = "last"
+    final_layer_norm: bool = True
+    pooled: bool = False
+    added_tokens: tuple[tuple[str, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        n = self.num_hidden_layers
+        if isinstance(self.layer, int) and not -n - 1 <= self.layer <= n:
+            raise ValueError(f"layer {self.layer} is outside -{n + 1} to {n}, the hidden states of {n} layers")
+        return self
+
+    @property
+    def layer_index(self) -> int:
+        """The hidden state `layer` names, from 0 (the embeddings) to num_hidden_layers."""
+        index = {"last": -1, "penultimate": -2}[self.layer] if isinstance(self.layer, str) else self.layer
+        return index % (self.num_hidden_layers + 1)
+
+
 class CLIPTextConditioner(Conditioner):
     """Prompts => (B, max_position_embeddings, hidden_size) tokens of one of CLIP's layers, and a pooled vector if wanted.
 
@@ -63,60 +115,15 @@ class CLIPTextConditioner(Conditioner):
     there is one. `from_huggingface` reads files of either naming.
     """
 
-    class Config(ldmkit.config.Config):
-        """Architecture as in transformers' `CLIPTextConfig`, and what is taken from it. The defaults are CLIP-L's.
+    class Config(CLIPEncoderConfig):
+        """Attributes: those of `CLIPEncoderConfig`, and
 
-        Attributes:
-            vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`; or one file that holds both:
-                `tokenizer.json`, or `bpe_simple_vocab_16e6.txt.gz` as open_clip ships it.
-            vocab_size: rows of the embedding table; None = the entries of `vocab`.
-            hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act, layer_norm_eps,
-                max_position_embeddings: as there; prompts are cut and padded to the last.
-            projection_dim: width of the pooled vector's projection; None = there is none.
-            eos_token_id: where the pooled vector is taken: the first such token; None = <|endoftext|>; 2 = the highest id, as
-                transformers treats old configs that say 2.
-            pad_token: <|endoftext|>, or "!" for OpenCLIP. As in transformers, a "!" in a prompt then means padding too.
-            layer: the hidden state to take: "last", "penultimate", or its index, 0 = the embeddings, -1 = the last.
-            final_layer_norm: apply CLIP's last LayerNorm to it (Stable Diffusion 1 and 2) or not (XL).
-            pooled: also give the projected <|endoftext|> token of the last layer, as `vector_BC`.
-            added_tokens: words beyond the vocabulary and how many embeddings each has, in the order of their ids (textual
-                inversion); `add_tokens` adds them.
+        vocab, merges: the byte-pair vocabulary, `vocab.json` and `merges.txt`; or one file that holds both:
+            `tokenizer.json`, or `bpe_simple_vocab_16e6.txt.gz` as open_clip ships it.
         """
 
         vocab: AssetPath
         merges: AssetPath | None = None
-        vocab_size: int | None = Field(None, ge=1)
-        hidden_size: int = Field(768, ge=1)
-        intermediate_size: int = Field(3072, ge=1)
-        num_hidden_layers: int = Field(12, ge=1)
-        num_attention_heads: int = Field(12, ge=1)
-        hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
-        max_position_embeddings: int = Field(77, ge=3)
-        projection_dim: int | None = Field(None, ge=1)
-        eos_token_id: int | None = Field(None, ge=0)
-        layer_norm_eps: float = Field(1e-5, gt=0)
-        pad_token: str = EOS
-        layer: Literal["last", "penultimate"] | int = "last"
-        final_layer_norm: bool = True
-        pooled: bool = False
-        added_tokens: tuple[tuple[str, int], ...] = ()
-
-        @model_validator(mode="after")
-        def _fits(self) -> Self:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads {self.num_attention_heads}"
-                )
-            n = self.num_hidden_layers
-            if isinstance(self.layer, int) and not -n - 1 <= self.layer <= n:
-                raise ValueError(f"layer {self.layer} is outside -{n + 1} to {n}, the hidden states of {n} layers")
-            return self
-
-        @property
-        def layer_index(self) -> int:
-            """The hidden state `layer` names, from 0 (the embeddings) to num_hidden_layers."""
-            index = {"last": -1, "penultimate": -2}[self.layer] if isinstance(self.layer, str) else self.layer
-            return index % (self.num_hidden_layers + 1)
 
     config: CLIPTextConditioner.Config
     null_input = ""

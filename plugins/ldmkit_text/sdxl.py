@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 import ldmkit.config
@@ -18,7 +18,7 @@ from ldmkit.config import AssetPath
 from ldmkit.errors import CheckpointError, InputError, InputTypeError
 from ldmkit.interfaces import Condition, Conditioner
 from ldmkit.nn import sinusoidal_embedding
-from ldmkit_text.clip import CLIPTextConditioner
+from ldmkit_text.clip import CLIPEncoderConfig, CLIPTextConditioner
 from ldmkit_text.prompts import check_prompts
 
 Size = tuple[int, int]
@@ -26,6 +26,12 @@ Size = tuple[int, int]
 
 SCORE = 6.0
 """Aesthetic score that the refiner is told unless another is given."""
+
+
+class SecondEncoderConfig(CLIPEncoderConfig):
+    """As any CLIP encoder's, but the vector is made of its pooled text."""
+
+    pooled: Literal[True] = True
 
 
 class SDXLTextConditioner(Conditioner):
@@ -38,26 +44,17 @@ class SDXLTextConditioner(Conditioner):
     class Config(ldmkit.config.Config):
         """Attributes:
         vocab, merges: of both encoders, as for `clip-text`.
-        first, second: values of `clip-text`'s config, without vocab and merges; first = None is the refiner.
+        first, second: the encoders; first = None is the refiner.
         size_dim: length of the embedding of each number.
         zero_null: nothing asked (no negative prompt) is all zeros instead of the empty prompt, as in XL's base model.
         """
 
         vocab: AssetPath
         merges: AssetPath | None = None
-        first: dict[str, Any] | None = None
-        second: dict[str, Any]
+        first: CLIPEncoderConfig | None = None
+        second: SecondEncoderConfig = SecondEncoderConfig()
         size_dim: int = Field(256, ge=2)
         zero_null: bool = True
-
-        @model_validator(mode="after")
-        def _fits(self) -> Self:
-            for name, values in (("first", self.first), ("second", self.second)):
-                if values is not None and {"vocab", "merges"} & set(values):
-                    raise ValueError(f"{name} has a vocabulary of its own; both encoders share vocab and merges")
-            if not self.second.get("pooled"):
-                raise ValueError("second must have pooled = true: the vector is made of its pooled text")
-            return self
 
     config: SDXLTextConditioner.Config
     provides = frozenset({"tokens_BLC", "vector_BC"})
@@ -69,9 +66,9 @@ class SDXLTextConditioner(Conditioner):
         self.first = None if config.first is None else self._encoder("first", config.first)
         self.second = self._encoder("second", config.second)
 
-    def _encoder(self, name: str, values: Mapping[str, Any]) -> CLIPTextConditioner:
+    def _encoder(self, name: str, config: CLIPEncoderConfig) -> CLIPTextConditioner:
         shared = {"vocab": self.config.vocab, "merges": self.config.merges}
-        return CLIPTextConditioner(CLIPTextConditioner.Config.parse({**values, **shared}, owner=f"sdxl-text: {name}"))
+        return CLIPTextConditioner(CLIPTextConditioner.Config.parse({**config.to_dict(), **shared}, owner=f"sdxl-text: {name}"))
 
     def check(self, inputs: Sequence[Any], *, prompt_2: Any = None, prompt_syntax: str = "plain") -> None:
         """Raise InputTypeError or InputError unless the inputs, and prompt_2, are strings (None = nothing asked)."""
@@ -137,7 +134,8 @@ class SDXLTextConditioner(Conditioner):
         changes = {}
         for name, encoder in encoders.items():
             encoder.add_tokens(words)
-            changes[name] = {**getattr(self.config, name), "added_tokens": encoder.config.to_dict()["added_tokens"]}
+            own = getattr(self.config, name).to_dict()
+            changes[name] = own | {"added_tokens": encoder.config.to_dict()["added_tokens"]}
         self.config = self.config.replace(**changes)
 
     @classmethod
