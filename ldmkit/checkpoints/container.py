@@ -76,19 +76,20 @@ class SafetensorsFile:
         self.metadata = _metadata(header.pop("__metadata__", {}), path)
         self.entries = {key: _entry(key, value, path) for key, value in header.items()}
         self._check_places()
-        self._bytes: torch.UntypedStorage | None = None
+        self._bytes: Tensor | None = None
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor: a view of the mapped file (a copy where the file does not align it). What is written to it is seen by this
-        process only. Its storage is its own bytes alone, so that torch.save writes no more than these.
+        """One tensor: a view of the mapped file (a copy where the file does not align it).
+
+        What is written to it is seen by this process only. Its storage is its own bytes alone: torch.save writes no more.
         """
         entry = self.entries[key]
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if self._bytes is None:
-            self._bytes = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self._size)
+            self._bytes = torch.from_file(str(self.path), shared=False, size=self._size, dtype=torch.uint8)
         begin = self._begin + entry.start
-        part = torch.asarray(self._bytes[begin : self._begin + entry.end], dtype=torch.uint8)
+        part = torch.asarray(self._bytes.untyped_storage()[begin : self._begin + entry.end], dtype=torch.uint8)
         if begin % entry.dtype.itemsize:
             part = part.clone()
         return part.view(entry.dtype).view(entry.shape)
