@@ -14,7 +14,9 @@ from ldmkit.cli import COMMANDS, EPILOG
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "ldmkit").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")])
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "plugins").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "plugins").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "docs").glob("*.md")]
+)
 
 
 def relative(path: Path) -> str:
