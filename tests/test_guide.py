@@ -43,7 +43,7 @@ def test_the_guide_with_its_slow_commands(tmp_path):
 def test_every_block_is_run():
     assert re.findall(r"^```.+$", guide.section(PROMISE), flags=re.M) == []
     fences = sum(len(re.findall(r"^```.+$", guide.section(title), flags=re.M)) for title in (STEPS, HOOKS, WRONG))
-    assert fences == len(re.findall(r"^```.+$", guide.PAGE.read_text(), flags=re.M))
+    assert 2 * fences == guide.PAGE.read_text().count("```")
     assert fences == sum(len(list(guide.blocks(guide.section(title)))) for title in (STEPS, HOOKS, WRONG))
 
 
