@@ -21,6 +21,9 @@ SHOWN_FROM = 2**30
 """Bytes from which a progress bar is shown."""
 
 
+ALIGNMENT = 64
+"""Bytes: torch's own tensors begin at multiples of it. Its products of others may round differently; the bits would change."""
+
 _INITIALISERS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 """Those that torch lets a mode see, called with tensor=..."""
 
@@ -73,8 +76,8 @@ def fill(
 ) -> M:
     """Give a module its weights, in the wanted dtype and place, and put it in evaluation mode.
 
-    Those that have that dtype already are not copied: they stay in the file, of which each page is read when it is first used
-    and copied when it is first written to (the file never changes).
+    Those that have that dtype already, and begin where torch would have them begin, are not copied: they stay in the
+    file, of which each page is read when it is first used and copied when it is first written to (the file never changes).
 
     Raises:
         ArchitectureMismatchError: with every key that does not fit.
@@ -109,7 +112,8 @@ def _converted(stored: Tensor, dtype: torch.dtype, device: torch.device | str, w
     """The stored tensor itself where it is as wanted, so that weights of a mapped file stay there until they are used."""
     wanted = dtype if stored.is_floating_point() else stored.dtype
     made = stored.detach()
-    if stored.dtype != wanted or stored.device != torch.empty(0, device=device).device or not stored.is_contiguous():
+    elsewhere = stored.device != torch.empty(0, device=device).device
+    if stored.dtype != wanted or elsewhere or not stored.is_contiguous() or stored.data_ptr() % ALIGNMENT:
         made = torch.empty(stored.shape, dtype=wanted, device=device)
         made.copy_(stored)
     if made.is_floating_point() and not _finite(made):
