@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ldmkit.conjunction import And as And
     from ldmkit.continuous import EDMSchedule as EDMSchedule
     from ldmkit.continuous import FlowSchedule as FlowSchedule
+    from ldmkit.denoised import Denoised as Denoised
     from ldmkit.errors import ArchitectureMismatchError as ArchitectureMismatchError
     from ldmkit.errors import CheckpointError as CheckpointError
     from ldmkit.errors import ConfigError as ConfigError
@@ -77,6 +78,7 @@ _HOMES = {
     "ldmkit.config": "AssetPath Config",
     "ldmkit.conjunction": "And",
     "ldmkit.continuous": "EDMSchedule FlowSchedule",
+    "ldmkit.denoised": "Denoised",
     "ldmkit.errors": "ArchitectureMismatchError CheckpointError ConfigError DataError InputError InputTypeError KernelError "
     "LdmkitError MissingDependencyError NumericalError OutputError PartClashError PluginError UnknownPartError",
     "ldmkit.guidance": "classifier_free classifier_guided combined thresholded unguided within",

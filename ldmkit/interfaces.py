@@ -442,7 +442,8 @@ class Levels(Sequence[Level]):
 
 
 Denoise = Callable[[Tensor, Level], Tensor]
-"""D(x, level) -> x0: the model as samplers see it, condition and guidance inside. x is (B, C, H, W) at that level."""
+"""D(x, level) -> x0: the model as samplers see it, condition and guidance inside. x is (B, C, H, W) at that level. For a sampler
+that `takes_variance`, what it gives is a `Denoised`."""
 
 
 class Noise(Protocol):
@@ -585,6 +586,11 @@ class Sampler(Part):
     """Decides the noise levels and takes the steps. Stateless: one instance serves any number of threads and runs."""
 
     facts: ClassVar[SamplerFacts | None] = None
+
+    @property
+    def takes_variance(self) -> bool:
+        """Whether its steps take the variance that the model predicts beside x0, so that D must give `Denoised`."""
+        return False
 
     def __init__(self, config: ldmkit.config.Config) -> None:
         self.config = config

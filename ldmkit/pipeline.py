@@ -125,10 +125,11 @@ class Pipeline(Adaptable):
         self.accounting: Mapping[str, Accounting] = {}
         self._adapters = Adapters()
         self._progress: dict[str, Any] = {}
-        if self.denoiser.out_channels != self.autoencoder.latent_channels:
+        predicted, latent = self.denoiser.out_channels, self.autoencoder.latent_channels
+        if predicted != self.prediction.channels(latent):
             raise ConfigError(
-                f"the denoiser predicts {self.denoiser.out_channels} channels and the autoencoder's latents have "
-                f"{self.autoencoder.latent_channels}; they must agree"
+                f"the denoiser predicts {predicted} channels and the autoencoder's latents have {latent}; they must agree, or be "
+                "twice as many where the prediction has the variance 'learned_range', and only there"
             )
         self.eval()
 
@@ -452,6 +453,7 @@ class Pipeline(Adaptable):
             sampler, self.schedule, num_inference_steps, timesteps, sigmas, default=given.num_inference_steps
         )
         self.prediction.check(levels)
+        model = Model(self.denoiser, self.prediction, keep_variance=sampler.takes_variance)
         earlier = resumed(resume, seed=seed, first_image=first_image, generator=generator, sampler=sampler)
         if earlier is not None:
             seed, first_image = earlier.seed, earlier.first_image
@@ -490,7 +492,6 @@ class Pipeline(Adaptable):
             if negative is not None and has_negative_share(guidance.scale, weights)
             else None
         )
-        model = Model(self.denoiser, self.prediction)
         guided = partial(guidance.closure, model, [conditioned(term, options) for term in terms], weights, away)
         state = sampler.init(task.noise, task.levels, start=task.start)
         state = state if earlier is None else rejoin(earlier, state)

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import ldmkit.config
+from ldmkit.denoised import Denoised
 from ldmkit.errors import ConfigError
 from ldmkit.interfaces import Condition, Denoiser, Level, Levels
 
@@ -33,11 +34,15 @@ class Prediction:
         x0_above_sigma: with "epsilon" only: above this sigma / alpha the output is read as x0 itself, where dividing by a
             small alpha would blow up the network's error; a network trained so works down to zero signal.
         sigma_data: with "edm" only: the data's standard deviation.
+        variance: "learned_range" for a network with twice the channels: the second half is v, and (v + 1) / 2 says where the
+            variance of a step of DDPM is between its bounds (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15). For sampling:
+            the trainer here has no loss for it.
         """
 
         type: Literal["epsilon", "v_prediction", "sample", "flow", "edm"] = "epsilon"
         x0_above_sigma: float | None = Field(None, gt=0)
         sigma_data: float | None = Field(None, gt=0)
+        variance: Literal["learned_range"] | None = None
 
         @model_validator(mode="after")
         def _fits(self) -> Prediction.Config:
@@ -57,12 +62,24 @@ class Prediction:
         above = self.config.x0_above_sigma
         return "sample" if above is not None and level.sigma > above * level.alpha else self.config.type
 
+    def channels(self, latent_channels: int) -> int:
+        """How many the network's output has."""
+        return latent_channels * (2 if self.config.variance else 1)
+
     def check(self, levels: Levels) -> None:
         """Raise ConfigError where the run starts from pure noise and the prediction says nothing about x0 there."""
         if levels[0].alpha == 0 and self.kind_at(levels[0]) == "epsilon":
             raise ConfigError(
                 "the run starts at zero signal (alpha = 0), where a noise prediction holds no information about the image; "
                 "use a v_prediction or sample model, x0_above_sigma, or a schedule without rescale_betas_zero_snr"
+            )
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError for what there is no loss for: a learned variance."""
+        if self.config.variance is not None:
+            raise ConfigError(
+                f"prediction variance = {self.config.variance!r}: there is no loss for it here (it would need the variational "
+                "bound of Nichol and Dhariwal 2021); such models can be sampled from; train with variance = None"
             )
 
     def input_scale(self, level: Level) -> float:
@@ -117,16 +134,44 @@ class Prediction:
 
 
 class Model:
-    """D(x, level, condition) -> x0: a denoiser, read by its prediction. Runs in the denoiser's dtype; keeps x's dtype."""
+    """D(x, level, condition) -> x0: a denoiser, read by its prediction. Runs in the denoiser's dtype; keeps x's dtype.
 
-    def __init__(self, denoiser: Denoiser, prediction: Prediction) -> None:
+    Args:
+        keep_variance: give `Denoised`, x0 with the variance predicted beside it, to a sampler that takes it
+            (`Sampler.takes_variance`). Without, a predicted variance is left out here, and nobody else meets it.
+
+    Raises:
+        ConfigError: to keep the variance of a prediction that has none.
+    """
+
+    def __init__(self, denoiser: Denoiser, prediction: Prediction, *, keep_variance: bool = False) -> None:
         self.denoiser = denoiser
         self.prediction = prediction
+        self.keep_variance = keep_variance
+        if keep_variance and prediction.config.variance is None:
+            raise ConfigError(
+                "the sampler takes the variance that the model predicts (variance = 'learned_range'), and the prediction has "
+                "none (variance = None); take the sampler's variance 'fixed_small' or 'fixed_large', or, for a denoiser whose "
+                "second half of channels is the variance, prediction={..., 'variance': 'learned_range'}"
+            )
 
     def __call__(self, x_BCHW: Tensor, level: Level, condition: Condition) -> Tensor:
-        """Noisy latents at `level` => estimate of the clean latents, in x's dtype."""
+        """Noisy latents at `level` => estimate of the clean latents, in x's dtype.
+
+        Raises:
+            ConfigError: where a learned variance is said, and the output has not twice x's channels.
+        """
         dtype = next((p.dtype for p in self.denoiser.parameters() if p.is_floating_point()), x_BCHW.dtype)
         t_B = torch.full((len(x_BCHW),), level.t, device=x_BCHW.device, dtype=torch.promote_types(dtype, torch.float32))
         scaled = x_BCHW / self.prediction.input_scale(level)
         output = self.denoiser(scaled.to(dtype), t_B, condition).to(x_BCHW.dtype)
-        return self.prediction.to_x0(output, x_BCHW, level)
+        if self.prediction.config.variance is None:
+            return self.prediction.to_x0(output, x_BCHW, level)
+        if output.shape[1] != 2 * x_BCHW.shape[1]:
+            raise ConfigError(
+                f"{type(self.denoiser).__name__} predicts {output.shape[1]} channels; with a learned variance they must be "
+                f"twice the latents' {x_BCHW.shape[1]}"
+            )
+        mean, v = output.chunk(2, dim=1)
+        x0 = self.prediction.to_x0(mean, x_BCHW, level)
+        return Denoised.of(x0, (v + 1) / 2) if self.keep_variance else x0

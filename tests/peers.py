@@ -135,7 +135,9 @@ def run(
     for i, t in enumerate(timesteps):
         both = peer.scale_model_input(torch.cat([x, x]), t)
         without, with_ = network(both, t.to(dtype).expand(len(both)), c).chunk(2)
-        x = peer.step(without + job.guidance_scale * (with_ - without), t, x, **options).prev_sample
+        (without, _), (with_, *variance) = (part.tensor_split((x.shape[1],), dim=1) for part in (without, with_))
+        output = torch.cat([without + job.guidance_scale * (with_ - without), *variance], dim=1)  # as IFPipeline has it
+        x = peer.step(output, t, x, **options).prev_sample
         if job.mask is not None:
             kept = job.start
             if i + 1 < len(timesteps):

@@ -44,7 +44,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {  # switches, and the values that can be
     "use_dynamic_shifting": (False,),
     "use_flow_sigmas": (False,),
     "use_lu_lambdas": (False,),
-    "variance_type": (None, "fixed_small", "fixed_large"),
+    "variance_type": (None, "fixed_small", "fixed_large", "learned_range"),
 }
 _WITHOUT_EFFECT = frozenset(  # read only where a switch above is turned
     {"clip_sample_range", "dynamic_thresholding_ratio", "flow_shift", "sample_max_value", "time_shift_type"}
@@ -220,10 +220,15 @@ def read_scheduler(values: Mapping[str, Any]) -> dict[str, Values]:
     return {
         "sampler": sampler | ({"sigma_schedule": rules[0]} if rules else {}),
         "schedule": {key: settings[key] for key in _SCHEDULE},
-        "prediction": {"type": _PREDICTIONS[prediction]},
+        "prediction": {"type": _PREDICTIONS[prediction], **_variance(settings)},
     }
 
 
+def _variance(settings: Values) -> Values:
+    return {"variance": _LEARNED} if settings.get("variance_type") == _LEARNED else {}
+
+
+_LEARNED = "learned_range"
 _WAY_OUT = "Load with sampler=, schedule= and prediction= to replace it"
 
 _WRITTEN: Mapping[str, tuple[str, Values]] = {
@@ -286,6 +291,9 @@ def write_scheduler(name: str, config: Values, defaults: Values, schedule: Value
             result[key] = value or schedule.get(key)
         elif value != defaults.get(key):
             problems.append(f"{key} = {value!r}")
+    learned = prediction.get("variance") == _LEARNED
+    if learned != (result.get("variance_type") == _LEARNED):  # their other schedulers take no second half of channels
+        problems.append(f"variance {prediction.get('variance')!r} of the prediction")
     if prediction.get("type") not in _PREDICTIONS or prediction.get("x0_above_sigma") is not None:
         problems.append(f"prediction {prediction!r}")
     if problems:

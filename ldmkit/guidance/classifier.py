@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ldmkit.denoised import Denoised
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.interfaces import Denoise, Level
 
@@ -34,7 +35,8 @@ def classifier_guided(denoise: Denoise, log_prob_B: Classifier, scale: float = 1
         with torch.enable_grad():
             here = x.detach().requires_grad_()
             (slope,) = torch.autograd.grad(_checked(log_prob_B(here, level), here).sum(), here)
-        return denoise(x, level) + (scale * level.sigma**2 / level.alpha) * slope
+        x0 = denoise(x, level)
+        return Denoised.carry(x0 + (scale * level.sigma**2 / level.alpha) * slope, x0)
 
     return guided
 

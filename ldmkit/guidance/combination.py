@@ -5,7 +5,8 @@ scale 1 is no guidance):  D = D(negative) + scale (D(asked) - D(negative)).
 Several things asked at once, "AND" (Liu et al. 2022, arXiv:2206.01714, algorithm 1):
     D(asked) = D(negative) + sum_i weight_i (D(asked_i) - D(negative)).
 Perturbed attention (Ahn et al. 2024, arXiv:2403.17377) adds pag_scale (D(asked) - D(asked, perturbed)); see `perturb`.
-Being affine with coefficients that add up to 1, all of it is the same on x0, eps and v.
+Being affine with coefficients that add up to 1, all of it is the same on x0, eps and v. A variance that the model predicts is not
+guided: it stays that of the (first) condition asked.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldmkit.denoised import Denoised
 from ldmkit.errors import InputError
 from ldmkit.guidance.passes import Passes
 from ldmkit.guidance.perturbed import perturb
@@ -94,7 +96,9 @@ def combined(
         guided = asked if scale == 1 else estimates[0] + scale * (asked - estimates[0])
         if pag_scale:
             guided = guided + pag_scale * (asked - estimates[-1])
-        return _rescaled(model, guided, asked, x, level, rescale) if rescale and guided is not asked else guided
+        if rescale and guided is not asked:
+            guided = _rescaled(model, guided, asked, x, level, rescale)
+        return Denoised.carry(guided, estimates[first])
 
     return denoise
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ldmkit.denoised import Denoised
 from ldmkit.errors import InputError
 from ldmkit.interfaces import Condition, Level
 from ldmkit.prediction import Model
@@ -44,7 +45,7 @@ class Passes:
             return tuple(self._model(x, level, condition) for condition in self._prepared)
         count = len(self._conditions)
         try:
-            return self._model(torch.cat([x] * count), level, self._prepared[0]).chunk(count)
+            return Denoised.chunk_of(self._model(torch.cat([x] * count), level, self._prepared[0]), count)
         except torch.OutOfMemoryError:
             if not self._may_split:
                 raise

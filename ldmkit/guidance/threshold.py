@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ldmkit.denoised import Denoised
 from ldmkit.errors import InputError
 from ldmkit.interfaces import Denoise, Level
 
@@ -29,7 +30,7 @@ def thresholded(denoise: Denoise, ratio: float, limit: float = 1.0) -> Denoise:
         x0 = denoise(x, level)
         sizes = x0.abs().flatten(1)
         s = _quantile(sizes, ratio).clamp(min=limit).view(-1, *(1,) * (x0.ndim - 1))
-        return x0.clamp(-s, s) * (limit / s)
+        return Denoised.carry(x0.clamp(-s, s) * (limit / s), x0)
 
     return bounded
 

@@ -61,6 +61,7 @@ class DiffusionObjective(nn.Module):
         distance: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        prediction.check_trainable()
         self.distance = distance
         self.denoiser, self.conditioner, self.frozen = denoiser, conditioner, frozen
         self.prediction, self.weighting = prediction, weighting
@@ -96,6 +97,7 @@ class DiffusionStage(Stage):
     def __init__(self, recipe: DiffusionRecipe, base: Path, options: Options, device: torch.device) -> None:
         self.recipe = recipe
         self.schedule, self.prediction = NoiseSchedule(recipe.schedule), Prediction(recipe.prediction)
+        self.prediction.check_trainable()
         self.prediction.check(Levels([self.schedule.level(self.schedule.num_train_timesteps - 1), CLEAN]))
         self.autoencoder: Autoencoder = load_part(_part_folder(base / recipe.autoencoder), kind="autoencoder").requires_grad_(
             False

@@ -6,17 +6,33 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from ldmkit.denoised import Denoised
 from ldmkit.interfaces import Denoise, Level, SamplerState, Transition
 from ldmkit_samplers._base import SpacedSampler
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The law of one step, x' ~ N(on_x x + on_x0 x0, std^2)."""
+    """The law of one step, x' ~ N(on_x x + on_x0 x0, std^2).
+
+    Attributes:
+        most: where the model says itself how much noise there is, between `std` and this.
+    """
 
     on_x: float
     on_x0: float
     std: float
+    most: float | None = None
+
+    def std_of(self, variance_fraction: Tensor) -> float | Tensor:
+        """std^(1 - fraction) most^fraction: Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15."""
+        if self.most is None:
+            return self.std
+        least, most = math.log(self.std), math.log(self.most)
+        return torch.exp(least + (most - least) * variance_fraction)
 
 
 class GaussianSampler(SpacedSampler):
@@ -33,8 +49,12 @@ class GaussianSampler(SpacedSampler):
     def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
         """The Gaussian that `coefficients` say, by one evaluation of the model."""
         denoised, law = denoise(state.x, state.level), self.coefficients(state.level, state.next_level)
+        std: float | Tensor = law.std
+        if self.takes_variance:
+            denoised, fraction = Denoised.parts_of(denoised)
+            std = law.std_of(fraction)
         mean = law.on_x * state.x + law.on_x0 * denoised
-        return Transition(mean, law.std, denoised, draws=self.draws(state.level))
+        return Transition(mean, std, denoised, draws=self.draws(state.level))
 
 
 def ratio_kept(level: Level, to: Level) -> float:

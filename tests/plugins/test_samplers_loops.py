@@ -32,6 +32,7 @@ NOT_COMPARED = {
         "ddpm",
         "fixed_large, last t > 0",
     ): "diffusers adds sqrt(beta) noise to the finished image; Ho et al. 2020, alg. 2, does not",
+    ("ddpm", "learned_range, last t > 0"): "likewise, between sqrt(beta) and the floor of 1e-10",
     ("all", "linspace, n = 1"): "diffusers takes its one step at t = 0, from a nearly clean level; ours at T - 1",
 }
 
@@ -60,6 +61,11 @@ def smooth(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
     return 0.8 * torch.tanh(x + 0.5 * c + 0.3 * torch.sin(t / 150)) + 0.1 * torch.roll(x, 1, -1) * torch.cos(t / 400 + c)
 
 
+def with_variance(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """The same with v beside it, which leaves [-1, 1] here and there, as a network's may."""
+    return torch.cat([smooth(x, t, c), 1.2 * torch.sin(3 * x + t.view(-1, 1, 1, 1) / 90 + 2 * c.view(-1, 1, 1, 1))], dim=1)
+
+
 def ours(
     sampler: Sampler,
     schedule: NoiseSchedule,
@@ -78,7 +84,8 @@ def ours(
     levels = sampler.levels(schedule, job.steps)[job.first_step :]
     prediction.check(levels)
     conditions = [Condition(vector_BC=torch.full((job.shape[0], 1), c, dtype=dtype)) for c in (job.condition, job.negative)]
-    denoise = classifier_free(Model(Wrapped(network), prediction), conditions[0], conditions[1], job.guidance_scale)
+    model = Model(Wrapped(network), prediction, keep_variance=sampler.takes_variance)
+    denoise = classifier_free(model, conditions[0], conditions[1], job.guidance_scale)
     first = noise()
     blank = job.start is None or (job.mask is not None and job.strength == 1)
     state = sampler.init(first, levels, start=None if blank else job.start)
@@ -117,10 +124,11 @@ def differs(
     sampler = build("sampler", name, **own, **({"variance": options["variance_type"]} if options else {}))
     with in_float64():
         peer = scheduler(name, schedule, kind, **options)
-        theirs = run(peer, smooth, job, generators[0], dtype=torch.float64, eta=eta if name == "ddim" else None)
+        network = smooth if options.get("variance_type") != "learned_range" else with_variance
+        theirs = run(peer, network, job, generators[0], dtype=torch.float64, eta=eta if name == "ddim" else None)
     assert theirs.dtype == torch.float64
-    prediction = Prediction(Prediction.Config(type=kind))
-    mine = ours(sampler, NoiseSchedule(schedule), prediction, smooth, job, generators[1], torch.float64)
+    prediction = Prediction(Prediction.Config(type=kind, variance="learned_range" if sampler.takes_variance else None))
+    mine = ours(sampler, NoiseSchedule(schedule), prediction, network, job, generators[1], torch.float64)
     assert torch.equal(generators[0].get_state(), generators[1].get_state()), "the streams are out of step"
     return float((mine - theirs).abs().max() / theirs.std())
 
@@ -163,6 +171,15 @@ def test_ddpm_with_the_large_variance() -> None:
     assert differs("ddpm", JOBS["text"], "epsilon", schedule, variance_type="fixed_large") < 1e-9
 
 
+@pytest.mark.parametrize("task", JOBS)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddpm_with_the_variance_the_model_says(spacing: str, kind: str, task: str) -> None:
+    short = SHORT if spacing == "trailing" else {}  # all end at t = 0; see NOT_COMPARED
+    schedule = NoiseSchedule.Config(timestep_spacing=spacing, steps_offset=0, **short)
+    assert differs("ddpm", JOBS[task], kind, schedule, variance_type="learned_range") < 1e-9
+
+
 def test_what_is_not_compared_is_the_peers_doing() -> None:
     """Each line of NOT_COMPARED, shown."""
     shown = set()
@@ -182,6 +199,11 @@ def test_what_is_not_compared_is_the_peers_doing() -> None:
     peer.set_timesteps(STEPS)
     assert peer._get_variance(peer.timesteps[-1]) > 0
     shown.add(("ddpm", "fixed_large, last t > 0"))
+    assert differs("ddpm", JOBS["text"], "epsilon", leading, variance_type="learned_range") > 1e-3
+    peer = scheduler("ddpm", leading, "epsilon", variance_type="learned_range")
+    peer.set_timesteps(STEPS)
+    assert torch.exp(0.5 * peer._get_variance(peer.timesteps[-1], torch.ones(()))) > 0
+    shown.add(("ddpm", "learned_range, last t > 0"))
 
     peer = scheduler("euler", NoiseSchedule.Config(timestep_spacing="linspace"), "epsilon")
     peer.set_timesteps(1)
