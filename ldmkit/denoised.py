@@ -11,13 +11,13 @@ from ldmkit.errors import InputError
 class Denoised(Tensor):
     """What D(x, level) gives where a sampler takes the model's variance: x0, (B, C, H, W), and `variance_fraction`.
 
-    It is x0, and any operation on it gives a plain tensor, as with `torch.nn.Parameter`. So a guidance method that computes with
-    x0 says itself whose variance goes on: `Denoised.carry(changed, denoised)`.
+    It is x0, and any operation on it gives a plain tensor, as with `torch.nn.Parameter`. So a guidance method that computes
+    with x0 says itself whose variance goes on: `Denoised.carry(changed, denoised)`.
     """
 
     variance_fraction: Tensor
-    """(B, C, H, W): log variance = fraction log beta + (1 - fraction) log beta-tilde: 0 is the posterior's, 1 the forward step's.
-    In [0, 1] only as far as the model was trained to be; it is not clamped, in the paper neither."""
+    """(B, C, H, W): log variance = fraction log beta + (1 - fraction) log beta-tilde; 0 is the posterior's, 1 the forward
+    step's. In [0, 1] only as far as the model keeps to it: it is not clamped, as in the paper."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -442,8 +442,8 @@ class Levels(Sequence[Level]):
 
 
 Denoise = Callable[[Tensor, Level], Tensor]
-"""D(x, level) -> x0: the model as samplers see it, condition and guidance inside. x is (B, C, H, W) at that level. For a sampler
-that `takes_variance`, what it gives is a `Denoised`."""
+"""D(x, level) -> x0: the model as samplers see it, condition and guidance inside. x is (B, C, H, W) at that level. A sampler
+that `takes_variance` is given a `Denoised`."""
 
 
 class Noise(Protocol):

@@ -128,8 +128,8 @@ class Pipeline(Adaptable):
         predicted, latent = self.denoiser.out_channels, self.autoencoder.latent_channels
         if predicted != self.prediction.channels(latent):
             raise ConfigError(
-                f"the denoiser predicts {predicted} channels and the autoencoder's latents have {latent}; they must agree, or be "
-                "twice as many where the prediction has the variance 'learned_range', and only there"
+                f"the denoiser predicts {predicted} channels and the autoencoder's latents have {latent}; they must "
+                "agree, or be twice as many where the prediction has the variance 'learned_range', and only there"
             )
         self.eval()
 

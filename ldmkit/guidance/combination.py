@@ -5,8 +5,8 @@ scale 1 is no guidance):  D = D(negative) + scale (D(asked) - D(negative)).
 Several things asked at once, "AND" (Liu et al. 2022, arXiv:2206.01714, algorithm 1):
     D(asked) = D(negative) + sum_i weight_i (D(asked_i) - D(negative)).
 Perturbed attention (Ahn et al. 2024, arXiv:2403.17377) adds pag_scale (D(asked) - D(asked, perturbed)); see `perturb`.
-Being affine with coefficients that add up to 1, all of it is the same on x0, eps and v. A variance that the model predicts is not
-guided: it stays that of the (first) condition asked.
+Being affine with coefficients that add up to 1, all of it is the same on x0, eps and v.
+A variance that the model predicts is not guided: it stays that of the (first) condition asked, as in diffusers' pipelines.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class DDPMSampler(GaussianSampler):
     @property
     def takes_variance(self) -> bool:
         """With variance = "learned_range"."""
-        return self.config.variance == "learned_range"
+        return bool(self.config.variance == "learned_range")
 
     def initial_scale(self, schedule: Schedule, first: Level) -> float:
         """1: the noise itself."""
