@@ -32,6 +32,7 @@ from ldmkit.checkpoints.schedulers import read_scheduler, write_scheduler
 from ldmkit.config import Config
 from ldmkit.errors import ConfigError, InputError
 from ldmkit.schedule import NoiseSchedule, vp_level
+from ldmkit.testing import conformance
 from ldmkit.training.diffusion import DiffusionObjective
 from ldmkit.training.losses import WeightingConfig
 
@@ -181,6 +182,12 @@ def test_a_guidance_that_drops_the_variance_is_told_so() -> None:
     state = sampler.init(normal(), sampler.levels(NoiseSchedule(), 3))
     with pytest.raises(InputError, match=r"gave x0 alone: .* end with ldmkit.Denoised.carry"):
         sampler.step(lambda x, level: 0.5 * x, state, normal)
+
+
+def test_the_sampler_keeps_all_that_samplers_promise() -> None:
+    subject = conformance.subject("sampler", "ddpm", configs=[{"variance": "learned_range"}])
+    report = conformance.check(subject, examples=1)
+    assert report.passed, report.table()
 
 
 def test_there_is_no_training_of_it() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldmkit.denoised import Denoised
 from ldmkit.interfaces import Denoise, Level, Levels, Noise, Sampler, SamplerState
 from ldmkit.schedule import NoiseSchedule, vp_level
 
@@ -23,6 +24,18 @@ BEFORE = AFTER = 4
 def pause() -> None:
     """Lets other threads go first."""
     time.sleep(0)
+
+
+def told(sampler: Sampler, denoise: Denoise) -> Denoise:
+    """D as the sampler takes it: with a variance beside x0, somewhere between its bounds, where it asks for one."""
+    if not sampler.takes_variance:
+        return denoise
+
+    def both(x: Tensor, level: Level) -> Tensor:
+        x0 = denoise(x, level)
+        return Denoised.of(x0, 0.5 + 0.4 * torch.tanh(x0))
+
+    return both
 
 
 # -------------------------------------------------------------------------------------------------------- order of convergence
@@ -122,7 +135,7 @@ def variance_error(sampler: Sampler, n: int, spread: float, *, consistency: bool
     state = SamplerState(x=x, levels=levels)
     denoise = _consistency_function(spread) if consistency else _posterior_mean(spread)
     while not state.done:
-        state = sampler.step(denoise, state, draws)
+        state = sampler.step(told(sampler, denoise), state, draws)
     coefficients = state.x.flatten()[: draws.count + 1].numpy()
     variance = float(coefficients @ draws.covariance() @ coefficients)
     want = _variance(levels[-1], spread)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ldmkit.continuous import make_schedule
-from ldmkit.denoised import Denoised
 from ldmkit.errors import InputError, LdmkitError
 from ldmkit.interfaces import Denoise, Level, Levels, Sampler, SamplerState
 from ldmkit.noise import KeyedNoise, StepNoise
@@ -38,18 +37,6 @@ def posterior_mean(x: Tensor, level: Level) -> Tensor:
     return level.alpha * SPREAD**2 / (level.alpha**2 * SPREAD**2 + level.sigma**2) * x
 
 
-def told(sampler: Sampler, denoise: Denoise) -> Denoise:
-    """D as the sampler takes it: with a variance beside x0, somewhere between its bounds, where it asks for one."""
-    if not sampler.takes_variance:
-        return denoise
-
-    def both(x: Tensor, level: Level) -> Tensor:
-        x0 = denoise(x, level)
-        return Denoised.of(x0, 0.5 + 0.4 * torch.tanh(x0))
-
-    return both
-
-
 def levels_of(sampler: Sampler, t: Trial, steps: int | None = None) -> Levels:
     """The levels of the case's run. Raises: Refused where the sampler says that it does not serve them."""
     schedule = make_schedule(_VALUES.get(t.case["schedule"]))
@@ -69,7 +56,7 @@ def run(
 ) -> list[SamplerState]:
     """All states of a run from noise, the first one included. Image k has the same noise in any batch."""
     source = KeyedNoise(t.seed, range(t.batch) if images is None else images)
-    levels, denoise = levels_of(sampler, t), told(sampler, denoise)
+    levels, denoise = levels_of(sampler, t), laws.told(sampler, denoise)
     states = [sampler.init(source((len(source.images), CHANNELS, SIDE, SIDE), step=-1, draw=0, dtype=dtype), levels)]
     while not states[-1].done:
         states.append(sampler.step(denoise, states[-1], StepNoise(source, states[-1].step, states[-1].x)))
@@ -153,7 +140,7 @@ def stateless(t: Trial) -> None:
     copied = dataclasses.replace(middle, x=middle.x.clone(), history=_copied(middle.history))
     other, source = t.build(), KeyedNoise(t.seed, range(t.batch))
     while not copied.done:
-        copied = other.step(told(other, posterior_mean), copied, StepNoise(source, copied.step, copied.x))
+        copied = other.step(laws.told(other, posterior_mean), copied, StepNoise(source, copied.step, copied.x))
     assert same_bits(copied.x, states[-1].x), f"taken up at step {middle.step}: {apart(copied.x, states[-1].x)}"
     changed = [name for name, value in vars(sampler).items() if before.get(name) is not value]
     assert not changed, f"a run leaves traces in the sampler: {', '.join(changed)}"
@@ -194,7 +181,7 @@ def inputs_kept(t: Trial) -> None:
     state = sampler.init(source((t.batch, CHANNELS, SIDE, SIDE), step=-1, draw=0, dtype=torch.float64), levels_of(sampler, t))
     while not state.done:
         x, history = state.x.clone(), _copied(state.history)
-        after = sampler.step(told(sampler, posterior_mean), state, StepNoise(source, state.step, state.x))
+        after = sampler.step(laws.told(sampler, posterior_mean), state, StepNoise(source, state.step, state.x))
         for got, want in zip(_tensors((state.x, state.history)), _tensors((x, history)), strict=True):
             assert same_bits(got, want), f"step {state.step} writes into its state"
         state = after
@@ -219,7 +206,7 @@ def facts(t: Trial) -> None:
     state = sampler.init(t.normal(1, 1, 1, 4), levels)
     while not state.done:
         before = calls[0]
-        state = sampler.step(told(sampler, counted), state, laws.Counting(state.x, draws))
+        state = sampler.step(laws.told(sampler, counted), state, laws.Counting(state.x, draws))
         counts.append(calls[0] - before)
     usual = sorted(counts)[len(counts) // 2]
     assert usual == known.evaluations, f"facts.evaluations = {known.evaluations}, and most steps make {usual} ({counts})"
@@ -234,7 +221,7 @@ def point_mass(t: Trial) -> None:
     x0, source = t.normal(1, 1, 4, 4, stream=5), KeyedNoise(t.seed, [0])
     state = sampler.init(source(x0.shape, step=-1, draw=0, dtype=torch.float64), levels)
     while not state.done:
-        state = sampler.step(lambda x, level: x0, state, StepNoise(source, state.step, state.x))
+        state = sampler.step(laws.told(sampler, lambda x, level: x0), state, StepNoise(source, state.step, state.x))
     end = levels[-1]
     off = float((state.x - end.alpha * x0).abs().max())
     limit = 4 * max(end.sigma, levels[-2].sigma * 2**-10)
@@ -271,7 +258,7 @@ def log_probability(t: Trial) -> None:
     def weighted(x: Tensor, level: Level) -> Tensor:
         return weight * posterior_mean(x, level)
 
-    denoise = told(sampler, weighted)
+    denoise = laws.told(sampler, weighted)
     while not state.done:
         noise = laws.Traced(StepNoise(source, state.step, state.x))
         after = sampler.step(denoise, state, noise)
