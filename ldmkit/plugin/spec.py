@@ -272,7 +272,8 @@ def ldmkit_guidance_methods() -> Iterable[GuidanceMethod]:
     The target is a class with a nested `class Config(ldmkit.Config)`, built from it, whose instances are called
     `(model: ldmkit.Model, condition: ldmkit.Condition, negative: ldmkit.Condition | None, scale: float) -> ldmkit.Denoise`.
     `negative` is None where the call has none; `scale` is the call's guidance_scale. The result is called with (x, level) at
-    every evaluation of a run and returns the guided estimate of x0.
+    every evaluation of a run and returns the guided estimate of x0; by `ldmkit.Denoised.carry` where the model also predicts
+    the variance and a sampler takes it.
 
     >>> from ldmkit.plugin.spec import GuidanceMethod, hookimpl
     >>> @hookimpl
