@@ -85,7 +85,7 @@ def measure(dtype_name: str, chosen: common.Options) -> dict[str, Any]:
     with record() as calls:
         ours = pair.run_ours()
     theirs = pair.run_peer()
-    timing = chosen.timing if chosen.quick else {"rounds": 9, "least_seconds": 0.0}  # a step takes seconds
+    timing = chosen.timing if chosen.quick else {"rounds": 5, "least_seconds": 0.0}  # a step takes seconds
     times = common.interleave({name: pair.runs[name] for name in SIDES}, **timing)
     return {
         "case": {"dtype": dtype_name, "latents": list(pair.x.shape)},

@@ -133,7 +133,7 @@ def _rules(case: StaticCase, ptx: str, stack: int) -> tuple[list[str], list[str]
     """(what is wrong, what is only noted) with the code of a kernel."""
     dtype = _dtype(case)
     spilled = [f"a stack frame of {stack} bytes"] if stack else []
-    excused = dtype == "fp64" or (dtype == "fp32" and not case.dispatched)
+    excused = dtype == "fp64" or not case.dispatched
     wrong, noted = ([], spilled) if excused else (spilled, [])
     if dtype != "fp64" and _DOUBLE.search(ptx):
         wrong.append("float64 instructions")

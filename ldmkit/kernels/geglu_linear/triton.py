@@ -221,4 +221,5 @@ def static_cases() -> Iterator[StaticCase]:
             aligned=pointers,
             options={"num_warps": tile.warps, "num_stages": tile.stages},
             dot=precision != "plain",
+            dispatched=precision != "plain",  # no rule chooses it
         )

@@ -17,8 +17,8 @@ TARGETS = (launches.Target(large=False, processors=108), launches.Target(large=T
 
 
 def static_cases() -> Iterator[StaticCase]:
-    """Every head dimension and both regimes in 16 bits, without a mask and with one; fp32, whose spilling kernels no rule
-    chooses.
+    """Every head dimension and both regimes in 16 bits, without a mask and with one; fp32 and masked heads of 512, whose
+    spilling kernels no rule and no network of ours chooses.
     """
     for D in DIMS:
         for dtype in LOW:
@@ -84,6 +84,6 @@ def _case(launch: launches.Launch, dtype: torch.dtype, target: launches.Target) 
         aligned=aligned,
         options={"num_warps": launch.warps, "num_stages": launch.stages},
         dot="PRECISION" in constants,
-        dispatched=dtype != torch.float32,
+        dispatched=dtype != torch.float32 and not (constants.get("D") == 512 and constants["MASK"]),
         architectures=(90, 100) if target.large else (80,),
     )

@@ -58,7 +58,7 @@ _QUERIES = (
         512: Tiles(32, 16, 8, 2),
     },
     {
-        80: Tiles(64, 64, 4, 2),
+        96: Tiles(64, 64, 4, 2),
         192: Tiles(64, 64, 8, 2),
         256: Tiles(64, 32, 8, 2),
         512: Tiles(32, 32, 8, 2),
@@ -84,9 +84,9 @@ _KEYS = (
 # With a mask, whose tiles take registers too, on every GPU.
 _MASKED_FORWARD = {
     96: Tiles(64, 32, 4, 2),
-    128: Tiles(64, 32, 8, 2),
+    128: Tiles(64, 32, 8, 2, columns=64),
     192: Tiles(64, 16, 8, 2),
-    512: Tiles(32, 16, 8, 2, columns=64),
+    512: Tiles(16, 16, 8, 2, columns=64),
 }
 _MASKED_QUERIES = {96: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2), 512: Tiles(32, 16, 8, 2)}
 _MASKED_KEYS = {
