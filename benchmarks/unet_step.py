@@ -78,6 +78,11 @@ class Pair:
         return out
 
 
+def timing_of(chosen: common.Options) -> dict[str, Any]:
+    """A step takes seconds."""
+    return chosen.timing if chosen.quick else {"rounds": 5, "least_seconds": 0.0}
+
+
 def measure(dtype_name: str, chosen: common.Options) -> dict[str, Any]:
     """One dtype, as it goes to the JSON."""
     config, size = (TINY, 16) if chosen.quick else (SD15, 64)
@@ -85,8 +90,7 @@ def measure(dtype_name: str, chosen: common.Options) -> dict[str, Any]:
     with record() as calls:
         ours = pair.run_ours()
     theirs = pair.run_peer()
-    timing = chosen.timing if chosen.quick else {"rounds": 5, "least_seconds": 0.0}  # a step takes seconds
-    times = common.interleave({name: pair.runs[name] for name in SIDES}, **timing)
+    times = common.interleave({name: pair.runs[name] for name in SIDES}, **timing_of(chosen))
     return {
         "case": {"dtype": dtype_name, "latents": list(pair.x.shape)},
         "outputs_differ_by": float((ours - theirs).float().abs().max() / theirs.float().std()),
@@ -145,7 +149,15 @@ def main() -> None:
     cases = [measure(name, chosen) for name in arguments.dtype or DTYPES]
     show(environment, cases)
     summary = {case["case"]["dtype"]: case["ratios"]["diffusers/ldmkit"].median for case in cases}
-    common.report("unet_step", __doc__ or "", chosen, environment, cases=cases, summary={"diffusers/ldmkit": summary})
+    common.report(
+        "unet_step",
+        __doc__ or "",
+        chosen,
+        environment,
+        cases=cases,
+        summary={"diffusers/ldmkit": summary},
+        timing=timing_of(chosen),
+    )
 
 
 if __name__ == "__main__":
