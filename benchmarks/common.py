@@ -99,6 +99,34 @@ def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(values)
 
 
+def over_cases(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The ratios' medians over some cases, by peer: how many cases have it, their geometric mean, and the least."""
+    peers = dict.fromkeys(peer for case in cases for peer in case["ratios"])
+    medians = {peer: [case["ratios"][peer].median for case in cases if peer in case["ratios"]] for peer in peers}
+    return {
+        "cases": {peer: len(ratios) for peer, ratios in medians.items()},
+        "geometric_mean": {peer: geometric_mean(ratios) for peer, ratios in medians.items()},
+        "least": {peer: min(ratios) for peer, ratios in medians.items()},
+    }
+
+
+def judge(times: Times, chosen: str, rivals: Sequence[str]) -> str:
+    """Was the automatic choice right? "right" or "wrong" where the quartiles of the pairs agree, "even" where they do not."""
+    ratios = [ratio(times, peer=other, ours=chosen) for other in rivals if other != chosen]
+    if any(rival.high < 1 for rival in ratios):
+        return "wrong"
+    return "right" if all(rival.low >= 1 for rival in ratios) else "even"
+
+
+def no_compiler(device: str = "cpu") -> str | None:
+    """Why torch.compile cannot serve here (it needs a C++ compiler, or Triton); None where it can."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 # ----------------------------------------------------------------------------------------------------------------- command line
 
 

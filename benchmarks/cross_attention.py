@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.common import Run, Spread, geometric_mean, ratio
-from benchmarks.geglu import judge, no_compiler
+from benchmarks.common import Run, Spread, ratio
 from ldmkit.kernels import cross_attention
 from ldmkit.kernels.backends import automatic
 
@@ -97,7 +96,7 @@ def measure(
         "ratios": {f"{name}/{OURS}": ratio(times, peer=name, ours=OURS) for name in times if name != OURS},
         "gflops": {name: 2e-9 * products * B * H * L * S * D / spread.median for name, spread in seconds.items()},
         "automatic": chosen,
-        "choice": judge(times, chosen, (OURS, REFERENCE)),
+        "choice": common.judge(times, chosen, (OURS, REFERENCE)),
     }
 
 
@@ -113,8 +112,7 @@ def summarise(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "dtype": dtype,
             "direction": direction,
             "choices": [f"{case['automatic']}: {case['choice']}" for case in group],
-            "geometric_mean": {peer: geometric_mean(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
-            "least": {peer: min(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
+            **common.over_cases(group),
         }
         for (kind, dtype, direction), group in groups.items()
     ]
@@ -163,7 +161,7 @@ def main() -> None:
     parser.add_argument("--without-compile", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args()
     chosen, record = common.options(arguments), common.environment()
-    left_out = "--without-compile was given" if arguments.without_compile else no_compiler("cpu")
+    left_out = "--without-compile was given" if arguments.without_compile else common.no_compiler()
     cases = [
         measure(kind, shape, dtype, direction, compiled=left_out is None, timing=chosen.timing)
         for kind, shapes in (QUICK_SHAPES if chosen.quick else SHAPES).items()

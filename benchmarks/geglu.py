@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from benchmarks import common
-from benchmarks.common import Run, Spread, Times, geometric_mean, ratio
+from benchmarks.common import Run, Spread, ratio
 from ldmkit.kernels import geglu, geglu_linear
 from ldmkit.kernels.backends import automatic, implementations
 
@@ -120,23 +120,6 @@ def least(op: str, tensors: list[Tensor], direction: str) -> dict[str, Run]:
     return {"product": products}
 
 
-def judge(times: Times, chosen: str, rivals: Sequence[str]) -> str:
-    """Was the automatic choice right? "right" or "wrong" where the quartiles of the pairs agree, "even" where they do not."""
-    ratios = [ratio(times, peer=other, ours=chosen) for other in rivals if other != chosen]
-    if any(rival.high < 1 for rival in ratios):
-        return "wrong"
-    return "right" if all(rival.low >= 1 for rival in ratios) else "even"
-
-
-def no_compiler(device: str) -> str | None:
-    """Why torch.compile cannot serve here (it needs a C++ compiler, or Triton); None where it can."""
-    try:
-        torch.compile(plain_geglu)(torch.zeros(2, 2, device=device))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
 def clock_of(device: str) -> Callable[[], float]:
     """One that waits until the device is done."""
 
@@ -179,7 +162,7 @@ def measure(
         "seconds": {name: Spread.of(samples) for name, samples in times.items()},
         "ratios": {f"{name}/{ours}": ratio(times, peer=name, ours=ours) for name in times if name != ours},
         "automatic": choice,
-        "choice": judge(times, choice, rivals),
+        "choice": common.judge(times, choice, rivals),
     }
 
 
@@ -195,8 +178,7 @@ def summarise(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "dtype": dtype,
             "direction": direction,
             "choices": [f"{case['automatic']}: {case['choice']}" for case in group],
-            "geometric_mean": {peer: geometric_mean(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
-            "least": {peer: min(c["ratios"][peer].median for c in group) for peer in group[0]["ratios"]},
+            **common.over_cases(group),
         }
         for (op, dtype, direction), group in groups.items()
     ]
@@ -236,7 +218,7 @@ def main() -> None:
     chosen, record, device = common.options(arguments), common.environment(), arguments.device
     if device == "cuda":
         record["cpu"] = torch.cuda.get_device_name()  # the file is named after what was measured
-    left_out = "--without-compile was given" if arguments.without_compile else no_compiler(device)
+    left_out = "--without-compile was given" if arguments.without_compile else common.no_compiler(device)
     cases = [
         measure(op, family, shape, dtype, direction, device=device, compiled=left_out is None, timing=chosen.timing)
         for op in OPS

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.common import Run, Spread, geometric_mean, ratio
+from benchmarks.common import Run, Spread, ratio
 from ldmkit.errors import KernelError
 from ldmkit.kernels import group_norm_silu
 
@@ -100,15 +100,6 @@ def runs(direction: str, inputs: tuple[Tensor, ...], found: Mapping[str, Callabl
 # ----------------------------------------------------------------------------------------------------------------------- CPU
 
 
-def no_compiler() -> str | None:
-    """Why torch.compile cannot serve here (it needs a C++ compiler); None where it can."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2))
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return None
-
-
 def measure(
     model: str, shape: Sequence[int], dtype: torch.dtype, direction: str, *, compiled: bool, timing: dict[str, Any]
 ) -> dict[str, Any]:
@@ -131,19 +122,10 @@ def summarise(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "dtype": dtype,
             "direction": direction,
-            "shapes": {peer: len(ratios) for peer, ratios in by_peer.items()},
-            "geometric_mean": {peer: geometric_mean(ratios) for peer, ratios in by_peer.items()},
-            "least": {peer: min(ratios) for peer, ratios in by_peer.items()},
+            **common.over_cases(group),
         }
         for (dtype, direction), group in groups.items()
-        for by_peer in [medians(group)]
     ]
-
-
-def medians(cases: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """The ratios' medians by peer; not every case has every peer."""
-    peers = dict.fromkeys(peer for case in cases for peer in case["ratios"])
-    return {peer: [case["ratios"][peer].median for case in cases if peer in case["ratios"]] for peer in peers}
 
 
 def show(record: dict[str, Any], cases: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) -> None:
@@ -298,7 +280,7 @@ def main() -> None:
         main_gpu(chosen)
         return
     record = common.environment()
-    left_out = "--without-compile was given" if arguments.without_compile else no_compiler()
+    left_out = "--without-compile was given" if arguments.without_compile else common.no_compiler()
     timing = chosen.timing if chosen.quick else MANY
     cases = [
         measure(

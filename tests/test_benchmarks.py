@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import common
-from benchmarks.common import Spread
-from benchmarks.geglu import judge, summarise
+from benchmarks.common import Spread, judge
+from benchmarks.geglu import summarise
 from ldmkit.kernels.compiled import lacks
 
 ROOT = Path(__file__).resolve().parent.parent
