@@ -130,6 +130,9 @@ def no_compiler(device: str = "cpu") -> str | None:
 # ----------------------------------------------------------------------------------------------------------------- command line
 
 
+QUICK = {"rounds": 2, "least_seconds": 0.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What every benchmark can be told."""
@@ -141,7 +144,12 @@ class Options:
     @property
     def timing(self) -> dict[str, Any]:
         """Arguments for `interleave`, which follow from `quick`."""
-        return {"rounds": 2, "least_seconds": 0.0} if self.quick else {"rounds": 15, "least_seconds": 0.05}
+        return QUICK if self.quick else {"rounds": 15, "least_seconds": 0.05}
+
+    @property
+    def timing_of_many(self) -> dict[str, Any]:
+        """The same for a script with dozens of cases."""
+        return QUICK if self.quick else {"rounds": 9, "least_seconds": 0.02}
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -163,7 +163,7 @@ def main() -> None:
     chosen, record = common.options(arguments), common.environment()
     left_out = "--without-compile was given" if arguments.without_compile else common.no_compiler()
     cases = [
-        measure(kind, shape, dtype, direction, compiled=left_out is None, timing=chosen.timing)
+        measure(kind, shape, dtype, direction, compiled=left_out is None, timing=chosen.timing_of_many)
         for kind, shapes in (QUICK_SHAPES if chosen.quick else SHAPES).items()
         for shape in shapes
         for dtype in DTYPES
@@ -174,7 +174,8 @@ def main() -> None:
     if left_out:
         print(f"without torch.compile: {left_out}")
     summary = {"without_torch_compile": left_out, "groups": groups}
-    common.report("cross_attention", __doc__ or "", chosen, record, cases=cases, summary=summary)
+    timing = chosen.timing_of_many
+    common.report("cross_attention", __doc__ or "", chosen, record, cases=cases, summary=summary, timing=timing)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,6 @@ GPU_SHAPES = {
 DIRECTIONS = ("forward", "forward+backward")
 COMPILED_EVERY = 3
 """torch.compile runs beside every so many shapes."""
-MANY = {"rounds": 9, "least_seconds": 0.02}
-"""Timing of many cases."""
 COPY, PLAIN, COMPILED = "copy", "plain", "torch.compile"
 
 
@@ -281,7 +279,7 @@ def main() -> None:
         return
     record = common.environment()
     left_out = "--without-compile was given" if arguments.without_compile else common.no_compiler()
-    timing = chosen.timing if chosen.quick else MANY
+    timing = chosen.timing_of_many
     cases = [
         measure(
             model,
