@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all bench gpu-check lint format train-emoji train-emoji-scenes clean
+.PHONY: demo test test-all bench gpu-check lint format train-emoji clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m ldmkit_emoji.demo --output out/demo.png
@@ -42,22 +42,18 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The embedded model, from the font to the weights in the package; resumes where it was stopped.
+# The embedded model, from the font to the weights in the package, in three stages; resumes where it was stopped.
 EMOJI := plugins/ldmkit_emoji
 train-emoji: $(VENV)/.installed-dev
 	test -f runs/emoji/data/train.npz || $(BIN)/python -m ldmkit_emoji.data -o runs/emoji/data
 	$(BIN)/ldmkit train autoencoder $(EMOJI)/recipes/autoencoder.yaml --out runs/emoji/autoencoder
 	$(BIN)/ldmkit train diffusion $(EMOJI)/recipes/diffusion.yaml --out runs/emoji/diffusion
-	$(BIN)/python -m ldmkit_emoji.bundle runs/emoji/diffusion/pipeline
+	test -f runs/emoji/balanced/train.npz || $(BIN)/python -m ldmkit_emoji.data -o runs/emoji/balanced \
+		--seed 1 --families --white 7 --coloured 7 --scenes 14500
+	$(BIN)/ldmkit train diffusion $(EMOJI)/recipes/balanced.yaml --out runs/emoji/diffusion-balanced
+	$(BIN)/python -m ldmkit_emoji.bundle runs/emoji/diffusion-balanced/pipeline
 	$(BIN)/python -m ldmkit_emoji.evaluate -o runs/emoji/report.json
-	$(BIN)/python -m ldmkit_emoji.history runs/emoji/diffusion -o runs/emoji/history
-
-# A third stage with composed scenes, which goes on from the second's weights. Not in the package: its card says why.
-train-emoji-scenes: $(VENV)/.installed-dev
-	test -f runs/emoji/scenes/train.npz || $(BIN)/python -m ldmkit_emoji.data -o runs/emoji/scenes \
-		--seed 1 --white 2 --coloured 1 --scenes 4000
-	$(BIN)/ldmkit train diffusion $(EMOJI)/recipes/scenes.yaml --out runs/emoji/diffusion-scenes
-	$(BIN)/python -m ldmkit_emoji.evaluate --model runs/emoji/diffusion-scenes/pipeline -o runs/emoji/report-scenes.json
+	$(BIN)/python -m ldmkit_emoji.history runs/emoji/diffusion runs/emoji/diffusion-balanced -o runs/emoji/history
 
 # torch comes first, and builds are not isolated, so that setup.py compiles against the torch that will run.
 $(VENV)/.installed: $(SOURCES)

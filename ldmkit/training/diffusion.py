@@ -20,7 +20,7 @@ from ldmkit.plugin.registry import build
 from ldmkit.prediction import Prediction
 from ldmkit.schedule import CLEAN, NoiseSchedule
 from ldmkit.training.data import Pictures, open_pictures
-from ldmkit.training.draws import Draw, Order, normal, uniform
+from ldmkit.training.draws import Draw, Order, normal, shifted, uniform
 from ldmkit.training.latents import LatentCache, encode_all
 from ldmkit.training.loop import Options, Result, run
 from ldmkit.training.losses import diffusion_loss, level_weight
@@ -184,7 +184,9 @@ class DiffusionStage(Stage):
         indices = share(self._order(step))
         posterior_BCHW = torch.from_numpy(share(normal(seed, Draw.POSTERIOR, step, self._latent_shape)))
         noise_BCHW = torch.from_numpy(share(normal(seed, Draw.NOISE, step, self._latent_shape)))
-        times = np.floor(uniform(seed, Draw.TIME, step, size) * self.schedule.num_train_timesteps).astype(np.int64)
+        count = self.schedule.num_train_timesteps
+        ratios = shifted(uniform(seed, Draw.TIME, step, size), self.recipe.time_shift)
+        times = np.minimum(np.floor(ratios * count), count - 1).astype(np.int64)  # a ratio can be rounded up to 1
         inputs = None
         if self.conditioner is not None:
             assert self.pictures.conditions is not None

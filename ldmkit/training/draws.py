@@ -39,6 +39,12 @@ def uniform(seed: int, purpose: Draw, step: int, n: int) -> np.ndarray:
     return uniforms
 
 
+def shifted(u: np.ndarray, shift: float) -> np.ndarray:
+    """Moves numbers in [0, 1] towards 1 for a shift above 1, towards 0 below it (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    moved: np.ndarray = shift * u / (1 + (shift - 1) * u)
+    return moved
+
+
 def normal(seed: int, purpose: Draw, step: int, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal float32 numbers."""
     return keyed_normal(seed, purpose, step, 0, shape).astype(np.float32)

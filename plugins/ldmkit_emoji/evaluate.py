@@ -119,7 +119,12 @@ LINES: dict[str, Callable[[dict[str, Any]], tuple[str, str, str]]] = {
         f"PSNR {a['psnr']:.2f} dB (worst {a['worst']:.2f}), distance of features {a['distance']:.3f}",
         f"{a['glyphs']} glyphs",
     ),
-    "fidelity": lambda f: ("prompt fidelity", f"top-1 {f['top1']:.1%}, top-5 {f['top5']:.1%}", f"{f['prompts']} names"),
+    "fidelity": lambda f: (
+        "prompt fidelity",
+        f"top-1 {f['top1']:.1%}, top-5 {f['top5']:.1%}"
+        + (f"; no people: {f['others']['top1']:.1%}, {f['others']['top5']:.1%}" if "others" in f else ""),
+        f"{f['prompts']} names",
+    ),
     "pairs": lambda p: (
         "held-out pairs",
         f"background {p['background']:.1%}, emoji top-1 {p['top1']:.1%}, top-5 {p['top5']:.1%}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,25 @@ def test_nothing_held_out_is_trained_on(every_glyph: Glyphs) -> None:
     ], "no held-out picture under another name"
 
 
+def test_families_count_alike_and_nothing_held_out_is_trained_on(every_glyph: Glyphs) -> None:
+    rows = data.plan_families(every_glyph, white=4, coloured=5, seed=1)
+    assert rows == data.plan_families(every_glyph, white=4, coloured=5, seed=1)
+    members = Counter(e.family for e in every_glyph.emoji if not data.glyph_held_out(e.family))
+    shown = [(every_glyph.emoji[i], colour) for i, colour, _ in rows]
+    assert Counter(e.family for e, _ in shown) == {family: 9 * min(data.TURNS, n) for family, n in members.items()}
+    assert not [(e.name, colour) for e, colour in shown if data.pair_held_out(e.family, colour)]
+    assert sum(colour == "white" for _, colour in shown) * 9 == 4 * len(shown)
+    turns = Counter(e.name for e, _ in shown)
+    for e, _ in shown:
+        assert abs(turns[e.name] - 9 * min(data.TURNS, members[e.family]) / members[e.family]) < 1, "its glyphs take turns"
+    toned = sum("skin tone" in e.name for e, _ in shown) / len(shown)
+    assert toned < 0.3 < sum("skin tone" in e.name for e in every_glyph.emoji) / len(every_glyph)
+    single = [(e.name, colour) for e, colour in shown if members[e.family] == 1 and colour != "white"]
+    assert len(set(single)) == len(single), "each on backgrounds that differ"
+    plain = sum(text == every_glyph.emoji[i].name.lower() for i, colour, text in rows if colour == "white")
+    assert plain * 9 >= len(rows) * 2, "half of those on white"
+
+
 def test_scenes_are_made_of_what_is_trained_and_keep_their_pairs_out(every_glyph: Glyphs) -> None:
     trained = [i for i in scenes.cast(every_glyph) if not data.glyph_held_out(every_glyph.emoji[i].family)]
     assert 40 < len(trained) < 60
@@ -167,7 +187,7 @@ def test_white_is_never_held_out_and_backgrounds_differ() -> None:
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path, every_glyph: Glyphs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "load", lambda progress: every_glyph)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        counts = data.make(tmp_path / name, seed=seed, white=1, coloured=1, scenes=30, limit=400)
+        counts = data.make(tmp_path / name, seed=seed, white=1, coloured=1, families=True, scenes=30, limit=400)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["captions.txt", "glyphs.npz", "splits.json", "train.npz", "vocab.txt"]
     read = {name: [(tmp_path / name / file).read_bytes() for file in files] for name in "abc"}
@@ -195,6 +215,7 @@ def test_impossible_counts_are_refused(tmp_path: Path, counts: dict[str, int]) -
 
 def test_captions_name_the_background_and_fit_the_text_encoder(every_glyph: Glyphs, tokenizer: BertWordPieceTokenizer) -> None:
     rows = data.plan(every_glyph, white=3, coloured=4, seed=0)
+    rows += data.plan_families(every_glyph, white=7, coloured=7, seed=1)
     assert not [text for _, colour, text in rows if colour != "white" and colour not in text]
     plain = {text for _, colour, text in rows if colour == "white"}
     assert {e.name.lower() for e in every_glyph.emoji if not data.glyph_held_out(e.family)} <= plain

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def constant(prompts: Sequence[str]) -> np.ndarray:
 
 
 def test_a_perfect_model_reaches_everything(toys: Glyphs) -> None:
-    assert measures.fidelity(ideal(toys), toys, 100, 0) == {"top1": 1.0, "top5": 1.0, "prompts": 100}
+    every = {"top1": 1.0, "top5": 1.0, "prompts": 100}
+    assert measures.fidelity(ideal(toys), toys, 100, 0) == every | {"others": every}
     pairs = measures.held_out_pairs(ideal(toys), toys, 50, 0)
     assert pairs == {"background": 1.0, "top1": 1.0, "top5": 1.0, "prompts": 50}
 
@@ -77,6 +79,22 @@ def test_the_wrong_family_is_wrong_and_another_skin_tone_is_right(toys: Glyphs) 
     cycle = {name: name.replace(TONES[2], "") if TONES[2] in name else name for name in (e.name.lower() for e in toys.emoji)}
     draw = ideal(toys)
     assert measures.fidelity(lambda prompts: draw([cycle[p] for p in prompts]), toys, 100, 0)["top1"] == 1
+
+
+def test_people_are_counted_apart(toys: Glyphs) -> None:
+    """The first half are people and drawn right, the others are all drawn as something else."""
+    half = len(toys) // 2
+    mixed = Glyphs(
+        tuple(replace(e, group=measures.PEOPLE) if i < half else e for i, e in enumerate(toys.emoji)), toys.rgba_NHWC
+    )
+    right, wrong = ideal(toys), ideal(toys, shift=3)
+    people = {e.name.lower() for e in mixed.emoji[:half]}
+    figures = measures.fidelity(lambda ps: np.concatenate([(right if p in people else wrong)([p]) for p in ps]), mixed, 100, 0)
+    others = figures.pop("others")
+    assert others["top1"] == 0
+    assert figures["top1"] == 1 - others["prompts"] / figures["prompts"]
+    only = Glyphs(mixed.emoji[:half], mixed.rgba_NHWC[:half])
+    assert "others" not in measures.fidelity(right, only, 30, 0)
 
 
 def scene_draw(toys: Glyphs, swap: bool = False) -> measures.Draw:
@@ -335,7 +353,7 @@ def test_recipes_are_valid_and_fit_one_another() -> None:
     stage_two = load_recipe(DiffusionRecipe, RECIPES / "diffusion.yaml")
     assert stage_two.conditioner is not None
     assert stage_one.data.npz == stage_two.data.npz
-    stage_three = load_recipe(DiffusionRecipe, RECIPES / "scenes.yaml")
+    stage_three = load_recipe(DiffusionRecipe, RECIPES / "balanced.yaml")
     assert stage_three.denoiser == stage_two.denoiser
     assert stage_three.conditioner == stage_two.conditioner | {"padding": "longest"}
     assert (stage_three.schedule, stage_three.prediction) == (stage_two.schedule, stage_two.prediction)

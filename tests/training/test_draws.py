@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldmkit.training.draws import Batches, Draw, Order, normal, permutation, uniform
+from ldmkit.training.draws import Batches, Draw, Order, normal, permutation, shifted, uniform
 from ldmkit.training.stage import Share
 
 
@@ -47,6 +47,18 @@ def test_distributions() -> None:
     assert 0 <= u.min() <= u.max() < 1
     assert abs(z.mean()) < 5 / math.sqrt(n)
     assert abs(z.var() - 1) < 5 * math.sqrt(2 / n)
+
+
+@given(u=st.floats(0, 1, exclude_max=True), shift=st.floats(0.01, 100))
+def test_shifted_times_are_those_of_the_inverse_shift(u: float, shift: float) -> None:
+    """Shifts by s and 1/s undo each other; one half goes to s / (1 + s), 1 leaves every bit."""
+    eps = np.finfo(np.float64).eps
+    moved = float(shifted(np.array(u), shift))
+    assert 0 <= moved <= 1
+    slope = (1 + (shift - 1) * u) ** 2 / shift  # of the inverse: what its argument's rounding becomes
+    assert abs(float(shifted(np.array(moved), 1 / shift)) - u) <= 8 * eps * max(1.0, slope)
+    assert abs(float(shifted(np.array(0.5), shift)) - shift / (1 + shift)) <= 4 * eps
+    assert float(shifted(np.array(u), 1.0)) == u
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -364,6 +364,19 @@ def test_guidance_dropout_replaces_the_given_share(data: Path, autoencoder: Path
     assert abs(found[0.1] - 200) <= 5 * (2000 * 0.1 * 0.9) ** 0.5
 
 
+def test_shifted_times_are_as_often_noisy_as_the_recipe_says(data: Path, autoencoder: Path, tmp_path: Path) -> None:
+    """Half of them are above s / (1 + s), within five standard deviations; an endless shift gives the last time, not the next."""
+    drawn = {}
+    for shift in (0.5, 1.0, 3.0, 1e18):
+        recipe = stage_two(data, autoencoder, time_shift=shift, batch_size=50)
+        stage = DiffusionStage(recipe, data, Options(tmp_path), torch.device("cpu"))
+        drawn[shift] = torch.cat([stage.batch(step, Share(0, 1))[2] for step in range(40)])
+    for shift in (0.5, 1.0, 3.0):
+        noisy = int((drawn[shift] >= 1000 * shift / (1 + shift)).sum())
+        assert abs(noisy - 1000) <= 5 * 500**0.5
+    assert drawn[1e18].unique().tolist() == [999]
+
+
 def test_conditions_go_with_their_pictures(data: Path, autoencoder: Path, tmp_path: Path) -> None:
     recipe = stage_two(data, autoencoder, guidance_dropout=0.0, seed=3)
     stage = DiffusionStage(recipe, data, Options(tmp_path), torch.device("cpu"))
