@@ -40,7 +40,7 @@ def uniform(seed: int, purpose: Draw, step: int, n: int) -> np.ndarray:
 
 
 def shifted(u: np.ndarray, shift: float) -> np.ndarray:
-    """Moves numbers in [0, 1] towards 1 for a shift above 1, towards 0 below it (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+    """Numbers in [0, 1] moved towards 1 by shifts above 1, to 0 below it (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
     moved: np.ndarray = shift * u / (1 + (shift - 1) * u)
     return moved
 

@@ -245,8 +245,8 @@ class DiffusionRecipe(Recipe):
         autoencoder: a folder written by stage one, or by save_part.
         loss: a distance that a plugin offers by name, with its config; the squared error where None. See
             `ldmkit_training_losses` in ldmkit.plugin.spec.
-        time_shift: training times are uniform where it is 1; above 1 more of them are noisy, below 1 fewer: t/T = s u / (1 + (s - 1) u)
-            for uniform u (Esser et al. 2024, arXiv:2403.03206, eq. 23). Half of the times are above s / (1 + s).
+        time_shift: 1 draws training times uniformly, more has more of them noisy, less fewer: t / T = s u / (1 + (s - 1) u) for
+            uniform u (Esser et al. 2024, arXiv:2403.03206, eq. 23). Half of the times are above s / (1 + s).
         guidance_dropout: share of pictures whose condition is replaced by the conditioner's null input.
         freeze_conditioner: train the denoiser only.
         conditioner_lr: the conditioner's learning rate after warm-up; the optimizer's where None. A text encoder that starts

@@ -365,7 +365,7 @@ def test_guidance_dropout_replaces_the_given_share(data: Path, autoencoder: Path
 
 
 def test_shifted_times_are_as_often_noisy_as_the_recipe_says(data: Path, autoencoder: Path, tmp_path: Path) -> None:
-    """Half of them are above s / (1 + s), within five standard deviations; an endless shift gives the last time, not the next."""
+    """Half of them are above s / (1 + s), within five standard deviations; the largest shifts end at the last time."""
     drawn = {}
     for shift in (0.5, 1.0, 3.0, 1e18):
         recipe = stage_two(data, autoencoder, time_shift=shift, batch_size=50)
