@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ldmkit.commands.plugin import KINDS
 from tests.plugin.wheels import wheel_of
 
 PROJECTS = ("bytes", "digits", "dit", "extras", "flow", "kernel", "renoise", "tiny-autoencoder")
@@ -26,6 +27,16 @@ if sys.argv[1] == "example-digits":
     pipe.save_pretrained("saved")
 assert torch.equal(picture, torch.load("picture.pt", weights_only=True))
 print(ldmkit.__file__)
+"""
+
+BUILD_EACH = """
+import torch, ldmkit, ldmkit.kernels
+for kind in ("sampler", "autoencoder", "denoiser", "conditioner"):
+    assert ldmkit.build(kind, f"new-{kind}").__module__ == f"ldmkit_new_{kind}.{kind}"
+ldmkit.Pipeline.from_pretrained("new-pipeline")
+with ldmkit.kernels.record() as calls:
+    ldmkit.kernels.geglu(torch.ones(2, 8), backend="new-kernel")
+assert [call.backend for call in calls] == ["new-kernel"]
 """
 
 
@@ -122,3 +133,16 @@ def test_a_plugin_s_whole_life(root: Path, tmp_path: Path) -> None:
 
     fresh.install(*wheels.glob("ldmkit_example_dit-*.whl"), *wheels.glob("ldmkit_example_flow-*.whl"))
     fresh.run("-c", DRAW, "saved")
+
+    # A new plugin of each kind, as the installed ldmkit writes it.
+    for kind in KINDS:
+        fresh.ldmkit("plugin", "new", f"ldmkit-new-{kind}", "--kind", kind, "--into", str(tmp_path / "new"))
+    build(sorted((tmp_path / "new").iterdir()), wheels)
+    made = sorted(wheels.glob("ldmkit_new_*.whl"))
+    assert len(made) == len(KINDS)
+    fresh.install(*made)
+    listed = json.loads(fresh.ldmkit("plugins", "--json"))["plugins"]
+    assert {plugin["distribution"] for plugin in listed if plugin["state"] == "ok"} >= {f"ldmkit-new-{kind}" for kind in KINDS}
+    fresh.run("-c", BUILD_EACH)
+    checked = json.loads(fresh.ldmkit("plugin", "check", "ldmkit-new-sampler", "--examples", "1", "--json"))
+    assert checked["passed"]
