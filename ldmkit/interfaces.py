@@ -62,19 +62,27 @@ class Posterior(ABC):
 
 
 class Autoencoder(Part, nn.Module):
-    """Raw pixels in [-1, 1] <=> final latents."""
+    """Raw pixels in [-1, 1] <=> final latents.
+
+    Attributes:
+        image_channels, latent_channels: of pictures, and of final latents.
+        downscale: pixels per latent along each side; heights and widths must be multiples of it.
+    """
 
     image_channels: int
     latent_channels: int
     downscale: int
-    """Pixels per latent along each side; heights and widths must be multiples of it."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
     @abstractmethod
     def encode(self, x_BCHW: Tensor) -> Posterior:
-        """Raw pixels in [-1, 1] => posterior over final latents (B, latent_channels, H/downscale, W/downscale)."""
+        """Raw pixels in [-1, 1] => posterior over final latents (B, latent_channels, H/downscale, W/downscale).
+
+        Raises:
+            InputError: for heights and widths that are no multiples of `downscale`.
+        """
 
     @abstractmethod
     def decode(self, z_BCHW: Tensor) -> Tensor:
@@ -236,12 +244,16 @@ def _cat_nested(values: Sequence[Any]) -> Any:
 
 
 class Conditioner(Part, nn.Module):
-    """Turns what a user gives (prompts, labels, ...) into a `Condition`."""
+    """Turns what a user gives into a `Condition`. An input is what a call has for one picture: a string of its `prompt`, or
+    whatever an entry of its `class_labels` is.
+
+    Attributes:
+        provides: names of the `Condition` fields it sets (its config may decide). `mask_BL` may come with tokens unnamed.
+        null_input: the input that means "nothing asked" ("" for text): the other half of guidance, and guidance dropout.
+    """
 
     provides: frozenset[str]
-    """Names of the `Condition` fields it sets (its config may decide)."""
     null_input: Any
-    """The input that means "nothing asked" ("" for text): the unconditional half of guidance, and guidance dropout."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -249,6 +261,10 @@ class Conditioner(Part, nn.Module):
     @abstractmethod
     def forward(self, inputs: Sequence[Any]) -> Condition:
         """One input per image => a condition with batch size len(inputs).
+
+        May take options, keyword arguments with defaults: those that `ldmkit.Pipeline` has by the same name are passed on
+        (prompt_2, clip_skip, ...), and `image_size`, (height, width) of what is drawn in pixels, is told wherever it is asked
+        for.
 
         Raises:
             InputTypeError: for an input of the wrong type.
@@ -274,20 +290,23 @@ map is the identity: each place keeps its own value. which_B (bool) has one entr
 
 
 class Denoiser(Part, nn.Module):
-    """The network: noisy latents, time and condition => a raw prediction (epsilon, v, ...) whose meaning `Prediction` knows."""
+    """The network: noisy latents, time and condition => a raw prediction (epsilon, v, ...) whose meaning `Prediction` knows.
+
+    Attributes:
+        in_channels: channels it takes in all: latents, plus those of `spatial_BCHW`.
+        out_channels: channels of its prediction.
+        multiple_of: latent heights and widths must be multiples of it.
+        accepts: names of the `Condition` fields it uses; anything else given is an error. `mask_BL` goes with `tokens_BLC`.
+        requires: those of `accepts` without which it cannot run.
+        self_attentions: names of the self-attention layers that heed `PERTURBED`; none = no perturbed-attention guidance.
+    """
 
     in_channels: int
-    """Channels it takes in all: latents, plus those of `spatial_BCHW`."""
     out_channels: int
-    """Channels of its prediction."""
     multiple_of: int
-    """Latent heights and widths must be multiples of it."""
     accepts: frozenset[str]
-    """Names of the `Condition` fields it uses; anything else given is an error."""
     requires: frozenset[str]
-    """Those of `accepts` without which it cannot run."""
     self_attentions: tuple[str, ...] = ()
-    """Names of the self-attention layers that heed `PERTURBED`; none = no perturbed-attention guidance."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

@@ -33,21 +33,29 @@ def check(what: str, *, examples: int, as_json: bool) -> int:
         return _check_source(Path(what), examples=examples, as_json=as_json)
     from ldmkit.testing import conformance
 
+    plugins = _plugins(what)
+    subjects = [subject for plugin in plugins for subject in _offered(plugin, conformance)]
+    others = [f"{row.kind} {row.name!r}" for plugin in plugins for row in plugin.extensions]
+    if not subjects:
+        offered = f" (it offers the {', the '.join(others)}: its own tests hold them)" if others else ""
+        raise PluginError(f"{what}: there is a suite for nothing in it{offered}")
     reports = []
-    for subject in _subjects(what):
+    for subject in subjects:
         report = conformance.check(subject, examples=examples, progress=_progress(str(subject)))
         reports.append(report)
         if not as_json:
             print(report.table(), end="\n\n", flush=True)
     passed = all(report.passed for report in reports)
     if as_json:
-        print(json.dumps({"passed": passed, "reports": [report.as_dict() for report in reports]}, indent=2))
+        plain = {"passed": passed, "reports": [report.as_dict() for report in reports], "without_suite": others}
+        print(json.dumps(plain, indent=2))
+    elif others:
+        print(f"There is no suite for the {', the '.join(others)}.")
     return 0 if passed else 1
 
 
-def _subjects(what: str) -> Iterator[Any]:
-    from ldmkit.testing import conformance
-
+def _plugins(what: str) -> list[Plugin]:
+    """Those of that name, which all work."""
     plugins = [plugin for plugin in registry().plugins if plugin.called(what)]
     if not plugins:
         names = sorted({plugin.distribution or plugin.entry_point for plugin in registry().plugins})
@@ -55,16 +63,13 @@ def _subjects(what: str) -> Iterator[Any]:
     for plugin in plugins:
         if plugin.state != "ok":
             raise PluginError(f"{plugin} {plugin.state}: {plugin.error}")
-    found = [subject for plugin in plugins for subject in _offered(plugin, conformance)]
-    if not found:
-        raise PluginError(f"{what}: there is a suite for nothing in it")
-    yield from found
+    return plugins
 
 
 def _offered(plugin: Plugin, conformance: Any) -> Iterator[Any]:
     for component in plugin.components:
-        if component.kind in conformance.PROPERTIES:
-            yield conformance.subject(component.kind, f"{plugin.distribution or plugin.entry_point}:{component.name}")
+        name = f"{plugin.distribution or plugin.entry_point}:{component.name}"
+        yield conformance.pipeline(name) if component.kind == "pipeline" else conformance.subject(component.kind, name)
     for kernel in plugin.kernels:
         yield conformance.kernel(kernel.op, backend=kernel.backend)
 

@@ -21,7 +21,10 @@ from ldmkit.plugin.spec import API_VERSION, RESERVED
 TEMPLATES = Path(__file__).parent.parent / "templates" / "plugin"
 LONGEST = 40
 """Characters of a name, so that what is written fits its lines."""
-EXAMPLES = {"denoiser": '\n        configs=({"width": 8, "token_channels": 6},),\n        condition={"tokens_BLC": 6},'}
+EXAMPLES = {
+    "conditioner": '\n        inputs=("a cat", "two dogs in the snow, under a red moon", "fog"),',
+    "denoiser": '\n        configs=({"width": 8},),\n        condition={"tokens_BLC": "token_channels"},',
+}
 """What the example of a kind says beyond its name."""
 
 

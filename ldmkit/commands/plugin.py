@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         from ldmkit.commands.new_plugin import write_plugin
 
         folder = write_plugin(args.name, args.kind, into=args.into)
-        print(f"{folder} is written; in it: `pip install --editable .`, then `pytest`, then `ldmkit plugins`")
+        print(f"{folder} is written; in it: `pip install --editable '.[test]'`, then `pytest`, then `ldmkit plugins`")
         return 0
     from ldmkit.commands.check_plugin import check
 

@@ -6,23 +6,25 @@ from difflib import get_close_matches
 from importlib import metadata
 
 from ldmkit.errors import PartClashError, UnknownPartError
-from ldmkit.plugin.manager import Plugin
+from ldmkit.plugin.manager import DISABLE, Plugin
 from ldmkit.plugin.registry import Registry
 from ldmkit.plugin.requirements import install_line, unmet
 from ldmkit.plugin.spec import API_VERSION, EXTENSION_KINDS, KINDS
 
 
 def why(registry: Registry, name: str) -> str:
-    """All there is to say of a plugin or distribution called so, and of every part called so.
+    """All there is to say of a plugin or distribution called so, and of every part, extension and kernel called so.
 
     Raises:
         UnknownPartError: when nothing is called so, with close names.
     """
     said = [_of_plugin(plugin) for plugin in registry.plugins if plugin.called(name)]
     said += [_of_part(registry, kind, name) for kind in (*KINDS, *EXTENSION_KINDS) if registry.offers(kind, name)]
+    said += _of_kernels(registry, name)
     if not said:
         known = {word for plugin in registry.plugins for word in (plugin.distribution, plugin.entry_point) if word}
         known |= {row.name for plugin in registry.plugins for row in plugin.rows}
+        known |= {kernel.backend for plugin in registry.plugins for kernel in plugin.kernels}
         close = get_close_matches(name, sorted(known), n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "; `ldmkit plugins` lists what there is"
         raise UnknownPartError(f"no installed plugin, distribution or part is called {name!r}{hint}")
@@ -57,6 +59,24 @@ def _of_part(registry: Registry, kind: str, name: str) -> str:
     lines = [f"the {kind} {name!r} is {used.target} of {plugin}: {reason}"]
     lines += [message for message in registry.shadowed() if message.startswith(f"the {kind} {bare!r} of ")]
     return "\n  ".join(lines)
+
+
+def _of_kernels(registry: Registry, name: str) -> list[str]:
+    """One sentence for each op that has a backend called so."""
+    offers: dict[str, list[tuple[Plugin, str]]] = {}
+    for plugin in registry.plugins:
+        for kernel in plugin.kernels:
+            if kernel.backend == name:
+                offers.setdefault(kernel.op, []).append((plugin, kernel.target))
+    said = []
+    for op, found in offers.items():
+        what = f"the kernel {name!r} of {op} is"
+        if len(found) > 1:
+            said.append(f"{what} offered by {' and by '.join(str(p) for p, _ in found)}; block one with {DISABLE}")
+        else:
+            (plugin, target), *_ = found
+            said.append(f"{what} {target} of {plugin}: it runs where it is named, and nowhere else")
+    return said
 
 
 def _place(plugin: Plugin) -> str:

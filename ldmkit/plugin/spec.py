@@ -303,8 +303,10 @@ class Example:
     Attributes:
         kind, name: of the part, as in its `Component`.
         configs: small configs as plain values, the first one the smallest.
-        inputs: of a conditioner: two or more valid inputs that mean different things.
-        condition: of a denoiser: the channels of each `Condition` field that it accepts ("labels_B": how many classes).
+        inputs: of a conditioner: two or more valid inputs that mean different things; of a pipeline: the arguments of two or
+            more such calls, as mappings.
+        condition: of a denoiser: the channels of each `Condition` field that it accepts ("labels_B": how many classes), as a
+            number, or as the name of the config field that says it.
         noiseless: of a sampler that draws noise by default: the config values that turn that off.
         consistency: of a sampler: whether it is for consistency models.
 
@@ -316,7 +318,7 @@ class Example:
     name: str
     configs: tuple[Mapping[str, Any], ...] = ()
     inputs: tuple[Any, ...] = ()
-    condition: Mapping[str, int] = field(default_factory=dict)
+    condition: Mapping[str, int | str] = field(default_factory=dict)
     noiseless: Mapping[str, Any] = field(default_factory=dict)
     consistency: bool = False
 

@@ -255,7 +255,9 @@ def _conditioner(recipe: DiffusionRecipe, base: Path) -> Conditioner | None:
     conditioner: Conditioner = build_part("conditioner", recipe.conditioner, base)
     if recipe.conditioner_weights is not None:
         _start_from(base / recipe.conditioner_weights, conditioner, "conditioner")
-    return conditioner.requires_grad_(not recipe.freeze_conditioner)
+    if recipe.freeze_conditioner:
+        conditioner.requires_grad_(False)
+    return conditioner
 
 
 def _start_from(folder: Path, part: Denoiser | Conditioner, kind: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ldmkit.plugin.spec import Component, hookimpl
+from ldmkit.plugin.spec import Component, Example, hookimpl
 
 
 @hookimpl
@@ -13,6 +13,15 @@ def ldmkit_components() -> Iterable[Component]:
     return [
         Component(kind="sampler", name=name, target=f"ldmkit_samplers.{target}", summary=summary)
         for name, target, summary in SAMPLERS
+    ]
+
+
+@hookimpl
+def ldmkit_examples() -> Iterable[Example]:
+    """What checks cannot know by themselves."""
+    return [
+        *(Example(kind="sampler", name=name, noiseless=values) for name, values in NOISELESS.items()),
+        *(Example(kind="sampler", name=name, consistency=True) for name in CONSISTENCY),
     ]
 
 
@@ -42,3 +51,16 @@ SAMPLERS = (
     ("unipc", "unipc:UniPCSampler", "Predictor and corrector, to third order (Zhao et al. 2023); good from 10 steps on."),
 )
 """Name, target, summary."""
+
+NOISELESS = {
+    "euler-ancestral": {"eta": 0.0},
+    "dpm-2-ancestral": {"eta": 0.0},
+    "dpm++-2s-ancestral": {"eta": 0.0},
+    "dpm++-sde": {"eta": 0.0},
+    "dpm++-2m-sde": {"eta": 0.0},
+    "dpm++-3m-sde": {"eta": 0.0},
+    "restart": {"intervals": []},
+}
+"""By what values of their config those that draw noise of their own accord follow the probability flow."""
+CONSISTENCY = ("consistency", "lcm")
+"""Those for models whose prediction is the image itself, not the mean of the images it may be."""

@@ -1,8 +1,12 @@
 """Built-in conditioners: CLIP text, BERT trained with the denoiser, class labels."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from ldmkit.plugin.spec import Component, hookimpl
+from ldmkit.plugin.spec import Component, Example, hookimpl
+
+EXAMPLES = Path(__file__).parent / "examples"
+"""Vocabularies of a few pieces."""
 
 
 @hookimpl
@@ -35,5 +39,47 @@ def ldmkit_components() -> Iterable[Component]:
             target="ldmkit_text.class_label:ClassLabelConditioner",
             summary="Class labels, as one learned token or as plain labels.",
             diffusers=("ClassEmbedder",),
+        ),
+    ]
+
+
+@hookimpl
+def ldmkit_examples() -> Iterable[Example]:
+    """Small encoders, for checks."""
+    small = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    letters = {"vocab": str(EXAMPLES / "byte_pairs.txt.gz")}
+    penultimate = {**small, "layer": "penultimate", "final_layer_norm": False}
+    pooled = {**penultimate, "pooled": True, "projection_dim": 6}
+    prompts = ("a red apple", "the cats", "", "apple on the red apple")
+    return [
+        Example(
+            kind="conditioner",
+            name="bert",
+            configs=(
+                {**small, "vocab": str(EXAMPLES / "pieces.txt"), "max_length": 8},
+                {**small, "vocab": str(EXAMPLES / "pieces.txt"), "padding": "longest", "pooled": True},
+            ),
+            inputs=prompts,
+        ),
+        Example(
+            kind="conditioner",
+            name="clip-text",
+            configs=({**small, **letters}, {**penultimate, **letters}, {**pooled, **letters}),
+            inputs=prompts,
+        ),
+        Example(
+            kind="conditioner",
+            name="sdxl-text",
+            configs=(
+                {**letters, "first": penultimate, "second": pooled, "size_dim": 4},
+                {**letters, "second": pooled, "size_dim": 4, "zero_null": False},
+            ),
+            inputs=prompts,
+        ),
+        Example(
+            kind="conditioner",
+            name="class-label",
+            configs=({"num_classes": 5, "hidden_size": 4}, {"num_classes": 5, "mode": "labels"}),
+            inputs=(0, 3, 1),
         ),
     ]

@@ -153,6 +153,18 @@ class CLIPTextConditioner(Conditioner):
         self.embeddings, self.encoder, self.final_layer_norm = body.embeddings, body.encoder, body.final_layer_norm
         if config.projection_dim is not None:
             self.text_projection = model.text_projection
+        self._freeze_idle()
+
+    def _freeze_idle(self) -> None:
+        """What the config leaves unused is not trained: it would get no gradient, which distributed training stops at."""
+        config = self.config
+        if config.pooled:
+            return
+        idle = list(self.encoder.layers[config.layer_index :])
+        idle += [] if config.final_layer_norm else [self.final_layer_norm]
+        idle += [] if config.projection_dim is None else [self.text_projection]
+        for module in idle:
+            module.requires_grad_(False)
 
     def check(self, inputs: Sequence[Any], *, prompt_syntax: str = "plain") -> None:
         """Raise InputTypeError or InputError unless the inputs are a list of strings, of that syntax."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ldmkit.plugin.spec import Component, hookimpl
+from ldmkit.plugin.spec import Component, Example, hookimpl
 
 
 @hookimpl
@@ -36,4 +36,16 @@ def ldmkit_components() -> Iterable[Component]:
             target="ldmkit_vae.identity:IdentityAutoencoder",
             summary="Pixels as they are, for denoisers that work on them.",
         ),
+    ]
+
+
+@hookimpl
+def ldmkit_examples() -> Iterable[Example]:
+    """Small ones, for checks."""
+    small = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    other = {"attention_levels": [False, True], "use_quant_conv": False, "scaling_factor": [0.5, 1.0, 1.5, 2.0]}
+    return [
+        Example(kind="autoencoder", name="kl", configs=(small, {**small, **other})),
+        Example(kind="autoencoder", name="vq", configs=({**small, "num_vq_embeddings": 16},)),
+        Example(kind="autoencoder", name="taesd", configs=({"channels": 8},)),
     ]

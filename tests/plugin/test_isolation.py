@@ -19,6 +19,11 @@ def sampler(name: str, target: str = "nowhere:Nothing") -> str:
     return HEAD + f"@hookimpl\ndef ldmkit_components(): return [Component(kind='sampler', name='{name}', target='{target}')]\n"
 
 
+def kernels(*backends: str) -> str:
+    made = [f"Kernel(op='geglu', backend='{name}', target='fast:{name.upper()}', device='cpu')" for name in backends]
+    return HEAD + f"@hookimpl\ndef ldmkit_kernels(): return [{', '.join(made)}]\n"
+
+
 SOURCES = {
     "iso-sound": sampler("sound"),
     "iso-raises": "raise RuntimeError('no luck')",
@@ -34,6 +39,8 @@ SOURCES = {
     "iso-two": sampler("twins", "iso_two:Two"),
     "iso-shadows": sampler("euler", "iso_shadows:Euler"),
     "iso-prints": sampler("loud") + "print('hello from a plugin')",
+    "iso-kernel": kernels("wide", "both"),
+    "iso-kernel-too": kernels("both"),
     "iso-no-op": HEAD + "@hookimpl\ndef ldmkit_kernels(): return [Kernel(op='nop', backend='x', target='a:b', device='cpu')]",
 }
 REQUIRES = {"iso-lacks": ["a-package-nobody-has>=2", "pluggy"], "iso-lacks-later": ["pluggy>=99; python_version>'3'"]}
@@ -186,6 +193,9 @@ WHY = {
                         "offers the sampler 'lazy' (iso_lacks_later_part:Lazy)"],
     "twins": ["the sampler 'twins' is offered by iso-one 1.4.2"],
     "iso-one:twins": ["the sampler 'iso-one:twins' is iso_one:One of iso-one 1.4.2 (entry point 'one'): no other plugin"],
+    "wide": ["the kernel 'wide' of geglu is fast:WIDE of iso-kernel 1.4.2 (entry point 'kernel'): it runs where it is named"],
+    "both": ["the kernel 'both' of geglu is offered by iso-kernel 1.4.2 (entry point 'kernel') and by iso-kernel-too 1.4.2 "
+             "(entry point 'kernel-too'); block one with LDMKIT_DISABLE_PLUGINS"],
     "euler": ["the sampler 'euler' is ldmkit_samplers.euler:EulerSampler of ldmkit",
               "it is built in, and a built-in part keeps its name",
               "write 'iso-shadows:euler' to use it"],

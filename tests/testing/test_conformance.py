@@ -1,6 +1,7 @@
 """The conformance kit catches what it is for: good parts pass, and for each property a broken part does not."""
 
 import importlib
+import re
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_a_good_part_passes(kind):
     assert {row.verdict for row in report} == {"passed"}
 
 
-@pytest.mark.parametrize("kind", conformance.PROPERTIES)
+@pytest.mark.parametrize("kind", GOOD)
 def test_every_property_has_a_broken_part(kind):
     assert set(BROKEN[kind]) == {prop.name for prop in conformance.PROPERTIES[kind]}
 
@@ -73,11 +74,29 @@ def test_a_suite_is_three_lines():
 
 
 def test_wrong_subjects():
-    with pytest.raises(InputError, match="no suite for kind 'pipeline'"):
+    with pytest.raises(InputError, match=r"'pipeline' is none of .*; for pipelines and kernels, use conformance\.pipeline"):
         conformance.subject("pipeline", "emoji")
     with pytest.raises(InputTypeError, match=r"is no sampler: it must derive from ldmkit\.Sampler"):
         conformance.subject("sampler", dict)
     assert importlib.import_module("ldmkit.testing.conformance").check is conformance.check
+
+
+@pytest.mark.parametrize(
+    ("inputs", "part", "told"),
+    [
+        (["a"], {}, "only one input is given, 'a': give two or more"),
+        ([], {"null_input": 7}, "null_input is 7, so that inputs are no texts: give two or more"),
+        ([], {"check": lambda self, inputs: refuse(inputs)}, r"it does not take any text: give two or more .* \(no 'a cat'"),
+    ],
+)
+def test_inputs_are_asked_for_where_the_kit_has_none(inputs, part, told):
+    subject = conformance.subject("conditioner", type("Odd", (GoodConditioner,), part), inputs=inputs)
+    (row,) = conformance.check(subject, only=["shapes"])
+    assert re.match(told, row.reason), row.reason
+
+
+def refuse(inputs):
+    raise InputError(f"no {inputs[0]!r} here")
 
 
 def test_a_report_is_plain_data():

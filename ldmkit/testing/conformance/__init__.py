@@ -11,17 +11,18 @@ smallest case that shows it. `check` gives the same as a report; `ldmkit plugin 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ldmkit import interfaces
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.plugin.registry import INTERFACES, registry
 from ldmkit.testing import contract
-from ldmkit.testing.conformance import autoencoders, conditioners, denoisers, samplers
+from ldmkit.testing.conformance import autoencoders, conditioners, denoisers, examples, pipelines, samplers
 from ldmkit.testing.conformance.core import Property, Subject, Trial
 from ldmkit.testing.conformance.kernels import Kernel, properties_of_kernel, try_kernel
+from ldmkit.testing.conformance.pipelines import SavedPipeline, try_pipeline
 from ldmkit.testing.conformance.report import FAILED, Report, Row
 from ldmkit.testing.conformance.run import try_property
 
@@ -30,8 +31,9 @@ PROPERTIES: Mapping[str, tuple[Property, ...]] = {
     "denoiser": denoisers.PROPERTIES,
     "autoencoder": autoencoders.PROPERTIES,
     "conditioner": conditioners.PROPERTIES,
+    "pipeline": pipelines.PROPERTIES,
 }
-"""The properties of each kind of part, in the order in which they are tried. Those of kernels are the contract's."""
+"""The properties of each kind, in the order in which they are tried. Those of kernels are the contract's."""
 
 
 def subject(kind: str, part: str | type[Any], **options: Any) -> Subject:
@@ -43,30 +45,35 @@ def subject(kind: str, part: str | type[Any], **options: Any) -> Subject:
             the plugin's hook `ldmkit_examples`, for a part by name.
 
     Raises:
-        InputError: a kind without a suite. UnknownPartError, PluginError: as `ldmkit.part_class`.
+        InputError: a kind without a suite. UnknownPartError, PluginError: as `ldmkit.part_class`, and where the hook fails.
         InputTypeError: a class that is no part of that kind.
     """
-    if kind not in PROPERTIES:
-        raise InputError(f"there is no suite for kind {kind!r}; there are {', '.join(PROPERTIES)}, and `kernel`")
+    if kind not in INTERFACES:
+        raise InputError(
+            f"{kind!r} is none of {', '.join(INTERFACES)}; for pipelines and kernels, use conformance.pipeline and .kernel"
+        )
     if isinstance(part, str):
-        return Subject(kind=kind, part=registry().load(kind, part), name=part, **{**_example(kind, part), **options})
+        return Subject(kind=kind, part=registry().load(kind, part), name=part, **{**examples.of(kind, part), **options})
     interface = getattr(interfaces, INTERFACES[kind])
     if not (isinstance(part, type) and issubclass(part, interface)):
         raise InputTypeError(f"{part!r} is no {kind}: it must derive from ldmkit.{INTERFACES[kind]}")
     return Subject(kind=kind, part=part, **options)
 
 
-def _example(kind: str, name: str) -> dict[str, Any]:
-    """What the plugin's own example of a part says."""
-    owner, _, bare = name.rpartition(":")
-    for plugin in registry().plugins:
-        if plugin.hooks is None or (owner and not plugin.called(owner)):
-            continue
-        for example in itertools.chain(*plugin.hooks.ldmkit_examples()):
-            if (example.kind, example.name) == (kind, bare):
-                found = {key: value for key, value in vars(example).items() if key not in ("kind", "name")}
-                return {key: value for key, value in found.items() if value}
-    return {}
+def pipeline(name: str, *, inputs: Sequence[Mapping[str, Any]] = ()) -> SavedPipeline:
+    """A saved pipeline to test, by its registered name or folder.
+
+    Args:
+        inputs: arguments of two calls or more that mean different things; not given, as the plugin's hook `ldmkit_examples`
+            says, or prompts or class labels, whichever its conditioner takes.
+
+    Raises:
+        UnknownPartError, PluginError: as `ldmkit.part_class`, and where the hook fails.
+    """
+    if not Path(name).is_dir():
+        registry().load("pipeline", name)
+        inputs = inputs or examples.of("pipeline", name).get("inputs", ())
+    return SavedPipeline(name=name, inputs=inputs)
 
 
 def kernel(op: str, *, backend: str | None = None, function: Callable[..., Any] | None = None, profile: str = "ci") -> Kernel:
@@ -81,18 +88,20 @@ def kernel(op: str, *, backend: str | None = None, function: Callable[..., Any] 
     return Kernel(op=op, backend=backend, function=function, profile=profile)
 
 
-def properties(what: Subject | Kernel) -> Sequence[Property | contract.Property]:
+def properties(what: Subject | SavedPipeline | Kernel) -> Sequence[Property | contract.Property]:
     """The properties that are tried on a subject, in order."""
     return properties_of_kernel(what) if isinstance(what, Kernel) else PROPERTIES[what.kind]
 
 
-def attempt(prop: Any, what: Subject | Kernel, *, examples: int = 5) -> Row:
+def attempt(prop: Any, what: Subject | SavedPipeline | Kernel, *, examples: int = 5) -> Row:
     """One property, tried on a subject: a row of its report."""
+    if isinstance(what, SavedPipeline):
+        return try_pipeline(prop, what)
     return try_kernel(prop, what) if isinstance(what, Kernel) else try_property(prop, what, examples=examples)
 
 
 def check(
-    what: Subject | Kernel,
+    what: Subject | SavedPipeline | Kernel,
     *,
     examples: int = 5,
     only: Sequence[str] | None = None,
@@ -111,7 +120,7 @@ def check(
             if progress is not None:
                 progress(prop.name)
             rows.append(attempt(prop, what, examples=examples))
-    name = what.name if isinstance(what, Kernel) else what.name or what.part.__name__
+    name = what.name or what.part.__name__ if isinstance(what, Subject) else what.name
     return Report(what.kind, name, tuple(rows))
 
 
@@ -119,11 +128,11 @@ class Suite:
     """Base of a pytest class: set `subject`, and every property of its kind is a test.
 
     Attributes:
-        subject: what `conformance.subject` or `conformance.kernel` gives.
+        subject: what `conformance.subject`, `conformance.pipeline` or `conformance.kernel` gives.
         examples: how many cases are drawn for each property, beside the subject's own configs.
     """
 
-    subject: ClassVar[Subject | Kernel]
+    subject: ClassVar[Subject | SavedPipeline | Kernel]
     examples: ClassVar[int] = 5
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
@@ -144,12 +153,14 @@ __all__ = [
     "Property",
     "Report",
     "Row",
+    "SavedPipeline",
     "Subject",
     "Suite",
     "Trial",
     "attempt",
     "check",
     "kernel",
+    "pipeline",
     "properties",
     "subject",
 ]

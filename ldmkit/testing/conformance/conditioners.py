@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldmkit.errors import InputTypeError
+from ldmkit.arguments import takes
+from ldmkit.errors import InputTypeError, LdmkitError
 from ldmkit.interfaces import Condition, Conditioner
 from ldmkit.testing.conformance.common import properties_of_all
 from ldmkit.testing.conformance.core import Property, Trial, alike, apart
@@ -19,14 +21,26 @@ DTYPES = {"mask_BL": torch.bool, "labels_B": torch.int64}
 """Of fields that are no floats."""
 TEXTS = ("a cat", "two dogs in the snow, under a red moon", "fog")
 """Inputs where the subject gives none, and the null input is a text."""
+SIZE = (64, 96)
+"""Of the picture that is asked for: height, width, in pixels."""
+INPUTS_WANTED = "give two or more that mean different things, in the plugin's ldmkit_examples or as inputs=[...]"
 DIMENSIONS = {"tokens_BLC": 3, "mask_BL": 2, "vector_BC": 2, "labels_B": 1, "guidance_B": 1, "spatial_BCHW": 4}
 
 
 def inputs_of(part: Conditioner, t: Trial) -> list[Any]:
     """The batch of the case: inputs that the subject gives, all different where there are enough."""
-    given: Sequence[Any] = t.case["inputs"] or (TEXTS if isinstance(part.null_input, str) else ())
-    assert len(given) >= 2, "the subject gives fewer than two inputs; give inputs=[...]"
+    given: Sequence[Any] = t.case["inputs"] or _texts(part)
+    assert len(given) >= 2, f"only one input is given, {given[0]!r}: {INPUTS_WANTED}"
     return [given[i % len(given)] for i in range(t.batch)]
+
+
+def _texts(part: Conditioner) -> Sequence[str]:
+    assert isinstance(part.null_input, str), f"null_input is {part.null_input!r}, so that inputs are no texts: {INPUTS_WANTED}"
+    try:
+        part.check(TEXTS)
+    except LdmkitError as error:
+        raise AssertionError(f"it does not take any text: {INPUTS_WANTED} ({error})") from None
+    return TEXTS
 
 
 def fields(condition: Condition) -> tuple[Tensor, ...]:
@@ -34,9 +48,14 @@ def fields(condition: Condition) -> tuple[Tensor, ...]:
     return tuple(getattr(condition, name) for name in Condition.FIELDS if getattr(condition, name) is not None)
 
 
+def call(part: Any, inputs: Sequence[Any]) -> Any:
+    """As pipelines call it: one that asks for the size of the picture is told it."""
+    return part(inputs, **({"image_size": SIZE} if takes(part, "image_size") else {}))
+
+
 def use(part: Any, t: Trial, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """One condition, in the dtype of the weights."""
-    return fields(part(inputs_of(part, t)))
+    return fields(call(part, inputs_of(part, t)))
 
 
 def shapes(t: Trial) -> None:
@@ -46,7 +65,7 @@ def shapes(t: Trial) -> None:
     part = t.network()
     assert isinstance(part.provides, frozenset), f"provides is {part.provides!r}, no frozenset"
     inputs = inputs_of(part, t)
-    condition = part(inputs)
+    condition = call(part, inputs)
     assert isinstance(condition, Condition), f"it gives a {type(condition).__name__}, no ldmkit.Condition"
     given = condition.given()
     assert given - {"mask_BL"} == part.provides - {"mask_BL"}, f"it provides {sorted(part.provides)} and sets {sorted(given)}"
@@ -78,9 +97,9 @@ def padding(t: Trial) -> None:
     """What an input becomes, as far as its mask shows it, is the same alone, beside longer inputs, and at any place."""
     part = t.network()
     inputs = inputs_of(part, t)
-    together, turned = part(inputs), part(inputs[::-1])
+    together, turned = call(part, inputs), call(part, inputs[::-1])
     for i, value in enumerate(inputs):
-        want = seen(part([value]), 0)
+        want = seen(call(part, [value]), 0)
         _check_same(seen(together, i), want, f"beside {len(inputs) - 1} others")
         _check_same(seen(turned, len(inputs) - 1 - i), want, "in another order")
 
@@ -88,7 +107,7 @@ def padding(t: Trial) -> None:
 def masked(t: Trial) -> None:
     """A mask is True for what is to be attended to: every input, `null_input` too, has at least one such token."""
     part = t.network()
-    condition = part([part.null_input, *inputs_of(part, t)])
+    condition = call(part, [part.null_input, *inputs_of(part, t)])
     if condition.mask_BL is None:
         return
     mask = condition.mask_BL
@@ -99,7 +118,7 @@ def unconditional(t: Trial) -> None:
     """`null_input` is an input like others: its condition has the same fields, joins theirs in a batch, and differs."""
     part = t.network()
     inputs = inputs_of(part, t)
-    nothing, something = part([part.null_input]), part(inputs)
+    nothing, something = call(part, [part.null_input]), call(part, inputs)
     assert nothing.given() == something.given(), (
         f"fields {sorted(nothing.given())}, those of inputs {sorted(something.given())}"
     )
@@ -114,7 +133,7 @@ def told_apart(t: Trial) -> None:
     """Inputs that mean different things give different conditions."""
     part = t.network()
     inputs = inputs_of(part, t)
-    condition = part(inputs)
+    condition = call(part, inputs)
     for i, one in enumerate(inputs):
         for j, other in enumerate(inputs[:i]):
             if one != other:
@@ -130,7 +149,7 @@ def wrong_type(t: Trial) -> None:
     part = t.network()
     part.check(inputs_of(part, t))
     wrong = [object()]
-    for name, function in (("check", part.check), ("a call", part)):
+    for name, function in (("check", part.check), ("a call", partial(call, part))):
         try:
             function(wrong)
         except InputTypeError:

@@ -36,7 +36,8 @@ class Subject:
         inputs: of a conditioner: at least two valid inputs that mean different things, of different lengths where they have
             any; or a Hypothesis strategy of inputs.
         condition: of a denoiser: the channels of each `Condition` field that it accepts ("tokens_BLC", "vector_BC",
-            "spatial_BCHW"; for "labels_B" the number of classes), or a function that gives them from the config.
+            "spatial_BCHW"; for "labels_B" the number of classes), each as a number or as the name of the config field that says
+            it; or a function that gives the numbers from the config.
         noiseless: of a sampler that draws noise by default: the config values that turn it into its probability flow.
         consistency: of a sampler: whether its `denoise` is to be a consistency function, not the posterior's mean.
     """
@@ -46,7 +47,7 @@ class Subject:
     name: str | None = None
     configs: Sequence[Values] | st.SearchStrategy[Values] | None = None
     inputs: Sequence[Any] | st.SearchStrategy[Any] = ()
-    condition: Mapping[str, int] | Callable[[Any], Mapping[str, int]] = field(default_factory=dict)
+    condition: Mapping[str, int | str] | Callable[[Any], Mapping[str, int]] = field(default_factory=dict)
     noiseless: Values = field(default_factory=dict)
     consistency: bool = False
 
@@ -137,14 +138,14 @@ class Property:
 
     Attributes:
         name: as tables show it.
-        check: asserts it on a trial; its docstring is what the interface expects.
+        check: asserts it on a trial (of pipelines, on the pipeline); its docstring is what the interface expects.
         source: the public name whose documentation says so.
         once: whether it is tried on the first config alone, because it takes long or looks at the defaults.
         absent: why it says nothing about a subject; None where it does.
     """
 
     name: str
-    check: Callable[[Trial], None]
+    check: Callable[[Any], None]
     source: str
     once: bool = False
     absent: Callable[[Subject], str | None] = lambda subject: None

@@ -21,10 +21,21 @@ TOKENS = 5
 KIND = "ldmkit.Denoiser"
 
 
+def told(subject: Subject, config: Any) -> Mapping[str, int]:
+    """Channels of fields in this config, as the subject says. Raises: InputError where it names a config field there is not."""
+    if callable(subject.condition):
+        return subject.condition(config)
+    named = [value for value in subject.condition.values() if isinstance(value, str)]
+    lacking = [name for name in named if name not in type(config).model_fields]
+    if lacking:
+        raise InputError(f"condition = {dict(subject.condition)}: the config has no field {', '.join(lacking)}")
+    found = {name: getattr(config, v) if isinstance(v, str) else v for name, v in subject.condition.items()}
+    return {name: value for name, value in found.items() if value}
+
+
 def channels(part: Denoiser, t: Trial) -> Mapping[str, int]:
     """Of each field that the network accepts, as the subject says."""
-    told = t.subject.condition
-    found = told(part.config) if callable(told) else told
+    found = told(t.subject, part.config)
     lacking = sorted(part.accepts - set(found) - {"guidance_B"})
     assert not lacking, f"the subject does not say how many channels {', '.join(lacking)} has; give condition={{...}}"
     return found
@@ -248,8 +259,7 @@ def _training(t: Trial, reading: Prediction, steps: int = 60) -> tuple[float, fl
 
 
 def _no_tokens(subject: Subject) -> str | None:
-    told = subject.condition
-    fields = told(subject.part.Config.parse((subject.fixed_configs() or ({},))[0])) if callable(told) else told
+    fields = told(subject, subject.part.Config.parse((subject.fixed_configs() or ({},))[0]))
     return None if fields.get("tokens_BLC") else "it takes no tokens"
 
 
