@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ldmkit.continuous import make_schedule
@@ -259,8 +260,12 @@ def _training(t: Trial, reading: Prediction, steps: int = 60) -> tuple[float, fl
 
 
 def _no_tokens(subject: Subject) -> str | None:
-    fields = told(subject, subject.part.Config.parse((subject.fixed_configs() or ({},))[0]))
-    return None if fields.get("tokens_BLC") else "it takes no tokens"
+    if isinstance(subject.configs, st.SearchStrategy):
+        known = callable(subject.condition) or "tokens_BLC" in subject.condition
+    else:
+        configs = [subject.part.Config.parse(values) for values in subject.fixed_configs() or ({},)]
+        known = any(told(subject, config).get("tokens_BLC") for config in configs)
+    return None if known else "it takes no tokens"
 
 
 PROPERTIES = (

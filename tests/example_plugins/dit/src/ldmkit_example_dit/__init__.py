@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ldmkit.plugin.spec import Component, hookimpl
+from ldmkit.plugin.spec import Component, Example, hookimpl
 
 
 @hookimpl
@@ -19,4 +19,16 @@ def ldmkit_components() -> Iterable[Component]:
         name="example-dit",
         target="ldmkit_example_dit.dit:DiT",
         summary="Transformer over patches, told by adaLN-zero and tokens.",
+    )
+
+
+@hookimpl
+def ldmkit_examples() -> Iterable[Example]:
+    """Small ones: told by time alone, and by tokens too."""
+    small = {"width": 16, "depth": 1}
+    yield Example(
+        kind="denoiser",
+        name="example-dit",
+        configs=(small, {**small, "condition_size": 6}),
+        condition={"tokens_BLC": "condition_size"},
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ldmkit.plugin.spec import Component, hookimpl
+from ldmkit.plugin.spec import Component, Example, hookimpl
 
 
 @hookimpl
@@ -15,3 +15,9 @@ def ldmkit_api() -> str:
 def ldmkit_components() -> Iterable[Component]:
     """One sampler."""
     yield Component(kind="sampler", name="renoise", target="ldmkit_example.sampler:Renoise", summary="Denoise, noise again.")
+
+
+@hookimpl
+def ldmkit_examples() -> Iterable[Example]:
+    """It is for consistency models, and exact where all the noise is fresh."""
+    yield Example(kind="sampler", name="renoise", configs=({},), consistency=True)

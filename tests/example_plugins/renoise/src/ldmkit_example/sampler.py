@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ldmkit import Config, Denoise, Level, Levels, NoiseSchedule, Sampler, SamplerState, Transition
+from ldmkit import Config, Denoise, Level, Levels, Sampler, SamplerFacts, SamplerState, Schedule, Transition
 
 
 class Renoise(Sampler):
@@ -18,8 +18,9 @@ class Renoise(Sampler):
         freshness: float = Field(1.0, ge=0, le=1)
 
     config: Config
+    facts = SamplerFacts(order=None, evaluations=1, stochastic=True, source="Song et al. 2023, arXiv:2303.01469")
 
-    def levels(self, schedule: NoiseSchedule, num_inference_steps: int) -> Levels:
+    def levels(self, schedule: Schedule, num_inference_steps: int) -> Levels:
         """Trailing times, then the clean image."""
         times = schedule.timesteps(num_inference_steps, spacing="trailing")
         return Levels([*(schedule.level(t) for t in times), Level(1.0, 0.0, 0.0)])
