@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ldmkit.plugin.spec import Component, Example, hookimpl
 
@@ -52,7 +53,7 @@ SAMPLERS = (
 )
 """Name, target, summary."""
 
-NOISELESS = {
+NOISELESS: Mapping[str, Mapping[str, Any]] = {
     "euler-ancestral": {"eta": 0.0},
     "dpm-2-ancestral": {"eta": 0.0},
     "dpm++-2s-ancestral": {"eta": 0.0},

@@ -162,5 +162,5 @@ def try_pipeline(prop: Property, what: SavedPipeline) -> Row:
     except Exception as error:
         verdict, cases, raised = FAILED, 0, error
         reason = str(error).strip() if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-    told = {"name": prop.name, "expected": prop.expected, "source": prop.source}
+    told: dict[str, Any] = {"name": prop.name, "expected": prop.expected, "source": prop.source}
     return Row(**told, verdict=verdict, cases=cases, reason=reason, error=raised)
