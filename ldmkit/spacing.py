@@ -15,7 +15,7 @@ from ldmkit.errors import InputError, MissingDependencyError
 from ldmkit.schedule import NoiseSchedule, Schedule
 
 SigmaSchedule = Literal[
-    "karras", "exponential", "polyexponential", "vp", "simple", "sgm-uniform", "beta", "ays-sd15", "ays-sdxl"
+    "karras", "exponential", "polyexponential", "vp", "simple", "sgm-uniform", "beta", "beta-sigmas", "ays-sd15", "ays-sdxl"
 ]
 SIGMA_SCHEDULES: tuple[str, ...] = get_args(SigmaSchedule)
 
@@ -38,7 +38,7 @@ def spaced_ratios(
 
     Raises:
         InputError: an infinite range, rho for another rule, a rule that needs a schedule with whole times, or ratios that meet.
-        MissingDependencyError: "beta" without scipy.
+        MissingDependencyError: "beta" and "beta-sigmas" without scipy.
     """
     if rho is not None and name not in ("karras", "polyexponential"):
         raise InputError(f"rho = {rho:g} goes with 'karras' and 'polyexponential', not {name!r}")
@@ -55,6 +55,8 @@ def spaced_ratios(
         ratios = np.exp(np.linspace(math.log(high), math.log(low), n))
     elif name == "polyexponential":
         ratios = np.exp(np.linspace(1, 0, n) ** (rho or 1.0) * math.log(high / low) + math.log(low))
+    elif name == "beta-sigmas":  # diffusers' `use_beta_sigmas`: quantiles of the ratios, where "beta" has those of the times
+        ratios = low + (high - low) * _beta_quantiles(1 - ramp)
     elif name == "vp":
         ratios = _vp(n)
     elif name in ALIGN_YOUR_STEPS:
@@ -96,6 +98,6 @@ def _beta_quantiles(q: np.ndarray) -> np.ndarray:
     try:
         from scipy.stats import beta
     except ImportError:
-        raise MissingDependencyError("sigma_schedule 'beta' needs scipy: pip install scipy") from None
+        raise MissingDependencyError("sigma_schedule 'beta' and 'beta-sigmas' need scipy: pip install scipy") from None
     quantiles: np.ndarray = beta.ppf(q, 0.6, 0.6)
     return quantiles

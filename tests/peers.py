@@ -6,6 +6,7 @@ diffusers rounds its tables and, in Euler's steps, the latents to float32. Insid
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import scheduling_lms_discrete
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -37,7 +39,9 @@ SCHEDULERS: dict[str, type] = {
     "lms": diffusers.LMSDiscreteScheduler,
     "dpm++-2m": diffusers.DPMSolverMultistepScheduler,
     "dpm++-2m-sde": diffusers.DPMSolverMultistepScheduler,
+    "dpm++-3m": diffusers.DPMSolverMultistepScheduler,
     "lcm": diffusers.LCMScheduler,
+    "tcd": diffusers.TCDScheduler,
     "deis": diffusers.DEISMultistepScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
 }
@@ -57,10 +61,11 @@ class _Widened:
 
 
 @contextmanager
-def in_float64() -> Iterator[None]:
-    """diffusers' schedulers made, set and stepped inside compute in float64.
+def in_float64(*more: type) -> Iterator[None]:
+    """diffusers' schedulers (and `more` classes of it) made, set and stepped inside compute in float64.
 
-    DDPM's floor of 1e-20 under the variance, which adds 1e-10 of noise to the finished image, is taken away as well.
+    DDPM's floor of 1e-20 under the variance, which adds 1e-10 of noise to the finished image, is taken away as well, and LMS
+    integrates to 1e-12 instead of 1e-4.
     """
     variance = diffusers.DDPMScheduler._get_variance
 
@@ -70,10 +75,12 @@ def in_float64() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusers.DDPMScheduler, "_get_variance", without_floor)
-        for scheduler in (*SCHEDULERS.values(), diffusers.FlowMatchEulerDiscreteScheduler):
-            module = sys.modules[scheduler.__module__]
-            patch.setattr(module, "torch", _Widened(module.torch))
-            patch.setattr(module, "np", _Widened(module.np))
+        quad = functools.partial(scheduling_lms_discrete.integrate.quad, epsabs=1e-13)
+        patch.setattr(scheduling_lms_discrete.integrate, "quad", lambda *a, epsrel: quad(*a, epsrel=1e-12))
+        for name in {each.__module__ for each in (*SCHEDULERS.values(), diffusers.FlowMatchEulerDiscreteScheduler, *more)}:
+            module = sys.modules[name]
+            for library in {"torch", "np"} & vars(module).keys():
+                patch.setattr(module, library, _Widened(getattr(module, library)))
         yield
 
 

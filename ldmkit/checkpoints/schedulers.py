@@ -2,184 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from ldmkit.checkpoints.scheduler_classes import (
+    BETAS,
+    CLASSES,
+    ONLY,
+    PREDICTIONS,
+    RULES,
+    UNSERVED,
+    WITHOUT_EFFECT,
+    SchedulerClass,
+    Values,
+)
 from ldmkit.errors import ConfigError
 
-Values = dict[str, Any]
-
-_SCHEDULE = {  # keys that are the schedule's, with the defaults most classes of diffusers have
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "rescale_betas_zero_snr": False,
-    "timestep_spacing": "linspace",
-    "steps_offset": 0,
-    "set_alpha_to_one": True,
-}
-_BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "sample": "sample"}
-_ONLY: Mapping[str, tuple[Any, ...]] = {  # switches, and the values that can be served
-    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
-    "clip_sample": (False,),
-    "disable_corrector": ([],),
-    "euler_at_final": (False,),
-    "interpolation_type": ("linear",),
-    "lambda_min_clipped": (-math.inf, None),
-    "lower_order_final": (True,),
-    "predict_x0": (True,),
-    "shift_terminal": (None,),
-    "sigma_max": (None,),
-    "sigma_min": (None,),
-    "skip_prk_steps": (True,),
-    "solver_p": (None,),
-    "thresholding": (False,),
-    "timestep_type": ("discrete",),
-    "trained_betas": (None,),
-    "use_dynamic_shifting": (False,),
-    "use_flow_sigmas": (False,),
-    "use_lu_lambdas": (False,),
-    "variance_type": (None, "fixed_small", "fixed_large", "learned_range"),
-}
-_WITHOUT_EFFECT = frozenset(  # read only where a switch above is turned
-    {"clip_sample_range", "dynamic_thresholding_ratio", "flow_shift", "sample_max_value", "time_shift_type"}
-)
-_SPACED = frozenset({*_SCHEDULE, "trained_betas", "prediction_type"}) - {"set_alpha_to_one", "rescale_betas_zero_snr"}
-_CLIPPED = frozenset({"clip_sample", "thresholding"})
-_SOLVER = frozenset({"thresholding", "lower_order_final", "use_flow_sigmas", "use_dynamic_shifting", "algorithm_type"})
+_LEARNED = "learned_range"
+_WAY_OUT = "Load with sampler=, schedule= and prediction= to replace it"
 
 
-@dataclass(frozen=True)
-class _Class:
-    """One scheduler class of diffusers.
-
-    Attributes:
-        sampler: the values of its sampler, from the settings; None for a setting that ours does not have.
-        reads: the settings it has; diffusers passes over others, which another class had left in the file.
-        defaults: where they are not those of `_SCHEDULE`, and of switches.
-    """
-
-    sampler: Callable[[Values], Values]
-    reads: frozenset[str]
-    defaults: Values = field(default_factory=dict)
-
-
-def _plain(name: str, **renamed: str) -> Callable[[Values], Values]:
-    def sampler(given: Values) -> Values:
-        return {"name": name, **{ours: given[theirs] for ours, theirs in renamed.items() if theirs in given}}
-
-    return sampler
-
-
-def _dpm(given: Values) -> Values:
-    stochastic = given["algorithm_type"] == "sde-dpmsolver++"
-    if given["solver_order"] != 2:
-        raise ConfigError(f"solver_order = {given['solver_order']} (only 2 can be served)")
-    if given["algorithm_type"] == "deis":
-        raise ConfigError("algorithm_type = 'deis' belongs to DEISMultistepScheduler")
-    name = "dpm++-2m-sde" if stochastic else "dpm++-2m"
-    return {"name": name, "solver_type": given["solver_type"], "final_sigmas_type": given["final_sigmas_type"]}
-
-
-def _deis(given: Values) -> Values:
-    if given["solver_type"] != "logrho" or given["algorithm_type"] != "deis":
-        raise ConfigError(f"solver_type = {given['solver_type']!r}, algorithm_type = {given['algorithm_type']!r}")
-    return {"name": "deis", "order": given["solver_order"]}
-
-
-def _ending_clean(make: Callable[[Values], Values]) -> Callable[[Values], Values]:
-    def sampler(given: Values) -> Values:
-        if given.get("final_sigmas_type", "zero") != "zero":
-            raise ConfigError(f"final_sigmas_type = {given['final_sigmas_type']!r} (only 'zero' can be served)")
-        return make(given)
-
-    return sampler
-
-
-_LEADING: Values = {"timestep_spacing": "leading"}
-_SOLVER_DEFAULTS: Values = {"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"}
-_DENOISING: Values = {"beta_start": 0.00085, "beta_end": 0.012}
-_KARRAS = frozenset(_SIGMAS)
-CLASSES: Mapping[str, _Class] = {
-    "DDPMScheduler": _Class(
-        _plain("ddpm", variance="variance_type"),
-        _SPACED | _CLIPPED | {"variance_type", "rescale_betas_zero_snr"},
-        {**_LEADING, "clip_sample": True, "variance_type": "fixed_small"},
-    ),
-    "DDIMScheduler": _Class(
-        _plain("ddim"),
-        _SPACED | _CLIPPED | {"set_alpha_to_one", "rescale_betas_zero_snr"},
-        {**_LEADING, "clip_sample": True},
-    ),
-    "PNDMScheduler": _Class(
-        _plain("plms"),
-        _SPACED | {"skip_prk_steps", "set_alpha_to_one"},
-        {**_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False},
-    ),
-    "EulerDiscreteScheduler": _Class(
-        _ending_clean(_plain("euler")),
-        _SPACED
-        | _KARRAS
-        | {"interpolation_type", "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr", "final_sigmas_type"},
-    ),
-    "EulerAncestralDiscreteScheduler": _Class(_plain("euler-ancestral"), _SPACED | {"rescale_betas_zero_snr"}),
-    "HeunDiscreteScheduler": _Class(_plain("heun"), _SPACED | _KARRAS | {"clip_sample"}, _DENOISING),
-    "KDPM2DiscreteScheduler": _Class(_plain("dpm-2"), _SPACED | _KARRAS, _DENOISING),
-    "KDPM2AncestralDiscreteScheduler": _Class(_plain("dpm-2-ancestral"), _SPACED | _KARRAS, _DENOISING),
-    "LMSDiscreteScheduler": _Class(_plain("lms"), _SPACED | _KARRAS),
-    "DPMSolverMultistepScheduler": _Class(
-        _dpm,
-        _SPACED
-        | _KARRAS
-        | _SOLVER
-        | {
-            "solver_order",
-            "solver_type",
-            "final_sigmas_type",
-            "euler_at_final",
-            "use_lu_lambdas",
-            "lambda_min_clipped",
-            "variance_type",
-            "rescale_betas_zero_snr",
-        },
-        {**_SOLVER_DEFAULTS, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"},
-    ),
-    "LCMScheduler": _Class(
-        _plain("lcm", original_inference_steps="original_inference_steps", timestep_scaling="timestep_scaling"),
-        _SPACED | _CLIPPED | {"set_alpha_to_one", "rescale_betas_zero_snr", "original_inference_steps", "timestep_scaling"},
-        {**_LEADING, **_DENOISING, "beta_schedule": "scaled_linear", "original_inference_steps": 50, "timestep_scaling": 10.0},
-    ),
-    "DEISMultistepScheduler": _Class(
-        _deis,
-        _SPACED | _KARRAS | _SOLVER | {"solver_order", "solver_type"},
-        {**_SOLVER_DEFAULTS, "algorithm_type": "deis", "solver_type": "logrho"},
-    ),
-    "UniPCMultistepScheduler": _Class(
-        _plain("unipc", order="solver_order", solver_type="solver_type", final_sigmas_type="final_sigmas_type"),
-        _SPACED
-        | _KARRAS
-        | (_SOLVER - {"algorithm_type"})
-        | {
-            "solver_order",
-            "solver_type",
-            "final_sigmas_type",
-            "predict_x0",
-            "disable_corrector",
-            "solver_p",
-            "rescale_betas_zero_snr",
-            "sigma_min",
-            "sigma_max",
-            "shift_terminal",
-        },
-        {**_SOLVER_DEFAULTS, "solver_type": "bh2"},
-    ),
-}
-"""The classes that can be served, by name."""
+# ---------------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_scheduler(values: Mapping[str, Any]) -> dict[str, Values]:
@@ -189,70 +32,104 @@ def read_scheduler(values: Mapping[str, Any]) -> dict[str, Values]:
         ConfigError: naming the class, or every setting, that cannot be served.
     """
     name = values.get("_class_name")
-    if not isinstance(name, str) or name not in CLASSES:
-        raise ConfigError(f"the scheduler {name!r} is not supported; known are {', '.join(CLASSES)}. {_WAY_OUT}")
-    known = CLASSES[name]
-    elsewhere = frozenset().union(*(other.reads for other in CLASSES.values())) | _WITHOUT_EFFECT
-    given = {key: value for key, value in values.items() if not key.startswith("_")}
-    problems = [f"unknown key {key!r} (= {given[key]!r})" for key in sorted(given.keys() - elsewhere)]
-    settings = {**_SCHEDULE, **known.defaults, **{key: value for key, value in given.items() if key in known.reads}}
-    problems += [
-        f"{key} = {settings[key]!r} (only {' or '.join(map(repr, allowed))} can be served)"
-        for key, allowed in _ONLY.items()
-        if key in settings and settings[key] not in allowed
-    ]
-    if settings["beta_schedule"] not in _BETAS:
-        problems.append(f"beta_schedule = {settings['beta_schedule']!r} (only {', '.join(_BETAS)} can be served)")
-    prediction = settings.get("prediction_type", "epsilon")
-    if prediction not in tuple(_PREDICTIONS):  # which, unlike a dict, can be asked for anything
-        problems.append(f"prediction_type = {prediction!r} (only {', '.join(_PREDICTIONS)} can be served)")
-    rules = [rule for key, rule in _SIGMAS.items() if settings.get(key)]
+    known = CLASSES.get(name) if isinstance(name, str) else None
+    if known is None:
+        why = f" ({UNSERVED[name]})" if isinstance(name, str) and name in UNSERVED else ""
+        raise ConfigError(f"the scheduler {name!r} is not supported{why}; known are {', '.join(CLASSES)}. {_WAY_OUT}")
+    settings, problems = _settings(values, known)
+    rules = [rule for key, rule in RULES.items() if settings.get(key)]
     if len(rules) > 1:
-        problems.append(f"{' and '.join(rules)} sigmas at once")
+        problems.append(f"{' and '.join(rules)} at once")
     sampler: Values = {}
     if not problems:
         try:
-            sampler = known.sampler(settings)
+            sampler = known.sampler(settings) | ({"sigma_schedule": rules[0]} if rules else {})
         except ConfigError as error:
             problems.append(str(error))
     if problems:
         raise ConfigError(f"diffusers scheduler {name}: {'; '.join(problems)}. {_WAY_OUT}")
-    return {
-        "sampler": sampler | ({"sigma_schedule": rules[0]} if rules else {}),
-        "schedule": {key: settings[key] for key in _SCHEDULE},
-        "prediction": {"type": _PREDICTIONS[prediction], **_variance(settings)},
-    }
+    return {"sampler": sampler, "schedule": _schedule(settings, known), "prediction": _prediction(settings, known)}
 
 
-def _variance(settings: Values) -> Values:
-    return {"variance": _LEARNED} if settings.get("variance_type") == _LEARNED else {}
+def _settings(values: Mapping[str, Any], known: SchedulerClass) -> tuple[Values, list[str]]:
+    """What is in force for a class, and what of it cannot be served."""
+    anywhere = frozenset().union(*(each.reads for each in CLASSES.values())) | WITHOUT_EFFECT
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    problems = [f"unknown key {key!r} (= {given[key]!r})" for key in sorted(given.keys() - anywhere)]
+    common = BETAS if known.kind == "ddpm" else {}
+    settings = {**common, **known.defaults, **{key: value for key, value in given.items() if key in known.reads}}
+    problems += [
+        f"{key} = {settings[key]!r} (only {' or '.join(map(repr, allowed))} can be served)"
+        for key, allowed in {**ONLY, **known.only}.items()
+        if allowed and key in settings and settings[key] not in allowed
+    ]
+    return settings, problems
 
 
-_LEARNED = "learned_range"
-_WAY_OUT = "Load with sampler=, schedule= and prediction= to replace it"
+def _schedule(settings: Values, known: SchedulerClass) -> Values:
+    if known.kind == "flow":
+        flow = {key: settings[key] for key in ("num_train_timesteps", "shift")}
+        return {"kind": "flow", **flow, "timestep_spacing": "linspace"}
+    if known.kind == "edm":
+        return {"kind": "edm", **{key: settings[key] for key in ("sigma_min", "sigma_max", "rho")}}
+    return {key: settings[key] for key in BETAS}
 
-_WRITTEN: Mapping[str, tuple[str, Values]] = {
-    "ddpm": ("DDPMScheduler", {"clip_sample": False}),
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm-2": ("KDPM2DiscreteScheduler", {}),
-    "dpm-2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "dpm++-2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "dpm++-2m-sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "lcm": ("LCMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
-    "unipc": ("UniPCMultistepScheduler", {"predict_x0": True}),
+
+def _prediction(settings: Values, known: SchedulerClass) -> Values:
+    if known.kind == "flow":
+        return {"type": "flow"}
+    if known.kind == "edm":
+        return {"type": "edm", "sigma_data": settings["sigma_data"]}
+    variance = {"variance": _LEARNED} if settings.get("variance_type") == _LEARNED else {}
+    return {"type": settings.get("prediction_type", "epsilon"), **variance}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- writing
+
+
+class _Counterpart(NamedTuple):
+    """A class of diffusers, the settings that make it the sampler, and our settings' names there."""
+
+    class_name: str
+    fixed: Values
+    names: Mapping[str, str]
+
+
+def _as(class_name: str, *same: str, renamed: Mapping[str, str] | None = None, **fixed: Any) -> _Counterpart:
+    return _Counterpart(class_name, fixed, {**{key: key for key in same}, **(renamed or {})})
+
+
+_ENDING = ("solver_type", "final_sigmas_type")
+_PLUS: Values = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+_STOCHASTIC: Values = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
+_ORDER = {"order": "solver_order"}
+_WRITTEN: Mapping[str, _Counterpart] = {
+    "ddpm": _as("DDPMScheduler", renamed={"variance": "variance_type"}, clip_sample=False),
+    "ddim": _as("DDIMScheduler", clip_sample=False),
+    "ddim-inverse": _as("DDIMInverseScheduler", clip_sample=False),
+    "plms": _as("PNDMScheduler", skip_prk_steps=True),
+    "pndm": _as("PNDMScheduler", skip_prk_steps=False),
+    "euler": _as("EulerDiscreteScheduler"),
+    "euler-ancestral": _as("EulerAncestralDiscreteScheduler"),
+    "heun": _as("HeunDiscreteScheduler"),
+    "dpm-2": _as("KDPM2DiscreteScheduler"),
+    "dpm-2-ancestral": _as("KDPM2AncestralDiscreteScheduler"),
+    "lms": _as("LMSDiscreteScheduler"),
+    "dpm++-sde": _as("DPMSolverSDEScheduler"),
+    "dpm-singlestep": _as("DPMSolverSinglestepScheduler", *_ENDING, "algorithm_type", renamed=_ORDER, lower_order_final=True),
+    "dpm++-2m": _as("DPMSolverMultistepScheduler", *_ENDING, **_PLUS),
+    "dpm++-3m": _as("DPMSolverMultistepScheduler", *_ENDING, **{**_PLUS, "solver_order": 3}),
+    "dpm++-2m-sde": _as("DPMSolverMultistepScheduler", *_ENDING, **_STOCHASTIC),
+    "deis": _as("DEISMultistepScheduler", renamed=_ORDER, algorithm_type="deis", solver_type="logrho"),
+    "unipc": _as("UniPCMultistepScheduler", *_ENDING, renamed=_ORDER, predict_x0=True),
+    "lcm": _as("LCMScheduler", "original_inference_steps", "timestep_scaling"),
+    "tcd": _as("TCDScheduler", "original_inference_steps"),
 }
-_THEIR_NAMES = {
-    ("ddpm", "variance"): "variance_type",
-    ("deis", "order"): "solver_order",
-    ("unipc", "order"): "solver_order",
-    **{(name, key): key for name in ("dpm++-2m", "dpm++-2m-sde", "unipc") for key in ("solver_type", "final_sigmas_type")},
-    **{("lcm", key): key for key in ("original_inference_steps", "timestep_scaling")},
+_WRITTEN_EDM: Mapping[str, _Counterpart] = {
+    "euler": _as("EDMEulerScheduler"),
+    "dpm++-2m": _as("EDMDPMSolverMultistepScheduler", *_ENDING, **_PLUS),
+    "dpm++-3m": _as("EDMDPMSolverMultistepScheduler", *_ENDING, **{**_PLUS, "solver_order": 3}),
+    "dpm++-2m-sde": _as("EDMDPMSolverMultistepScheduler", *_ENDING, **_STOCHASTIC),
 }
 
 
@@ -262,40 +139,89 @@ def write_scheduler(name: str, config: Values, defaults: Values, schedule: Value
     Raises:
         ConfigError: naming what diffusers has no counterpart for.
     """
-    if name not in _WRITTEN:
-        raise ConfigError(f"diffusers has no scheduler for the sampler {name!r}; assign one of {', '.join(_WRITTEN)} first")
-    class_name, fixed = _WRITTEN[name]
-    result: Values = {"_class_name": class_name, **fixed}
-    problems = []
-    reads = CLASSES[class_name].reads
-    for key, value in schedule.items():
-        if key in reads:
+    kind = schedule.get("kind", "ddpm")
+    if kind == "flow":
+        raise ConfigError("diffusers' pipelines for U-Nets cannot run its flow-matching schedulers; save in our own format")
+    known = _WRITTEN_EDM if kind == "edm" else _WRITTEN
+    if name not in known:
+        raise ConfigError(
+            f"diffusers has no scheduler for the sampler {name!r} with a schedule of the kind {kind!r}; "
+            f"assign one of {', '.join(known)} first"
+        )
+    counterpart = _counterpart(name, known, config)
+    result: Values = {"_class_name": counterpart.class_name, **counterpart.fixed}
+    if kind == "edm":
+        result |= {key: schedule[key] for key in ("sigma_min", "sigma_max", "rho")}
+        problems: list[str] = []
+    else:
+        problems = _write_betas(result, schedule, config)
+    problems += _write_config(result, counterpart, config, defaults)
+    problems += _write_prediction(result, prediction, kind)
+    if problems:
+        raise ConfigError(
+            f"{counterpart.class_name} of diffusers cannot express, for the sampler {name!r}: {'; '.join(problems)}"
+        )
+    return result
+
+
+def _counterpart(name: str, known: Mapping[str, _Counterpart], config: Values) -> _Counterpart:
+    """Singlestep of order 1 is multistep as well, which has times of all spacings. Raises: ConfigError for what it refuses."""
+    if name != "dpm-singlestep":
+        return known[name]
+    plus = config.get("algorithm_type") != "dpmsolver"
+    if not plus and config.get("final_sigmas_type") != "sigma_min":
+        raise ConfigError(
+            "DPMSolverSinglestepScheduler of diffusers refuses algorithm_type 'dpmsolver' with final_sigmas_type 'zero'"
+        )
+    if config.get("order") != 1 or not plus:
+        return known[name]
+    return _as("DPMSolverMultistepScheduler", *_ENDING, "algorithm_type", renamed=_ORDER)
+
+
+def _write_betas(result: Values, schedule: Values, config: Values) -> list[str]:
+    """A table's settings; the sampler's own spacing goes before the schedule's."""
+    known = CLASSES[result["_class_name"]]
+    wanted = {**schedule, "timestep_spacing": config.get("timestep_spacing") or schedule["timestep_spacing"]}
+    if wanted["timestep_spacing"] == "linspace":
+        wanted["steps_offset"] = 0 if "steps_offset" not in known.reads else wanted["steps_offset"]  # without effect there
+    problems = ["timestep_spacing 'quadratic'"] if wanted["timestep_spacing"] == "quadratic" else []
+    for key, value in wanted.items():
+        if key in known.reads:
             result[key] = value
-        elif value != {**_SCHEDULE, **CLASSES[class_name].defaults}.get(key) and key != "set_alpha_to_one":
+        elif value != {**BETAS, **known.defaults}.get(key) and key != "set_alpha_to_one":
             problems.append(f"schedule {key} = {value!r}")
-    if "beta_start" not in schedule:
-        problems.append("a schedule that has no betas")
-    if schedule.get("timestep_spacing") == "quadratic":
-        problems.append("timestep_spacing 'quadratic'")
+    return problems
+
+
+def _write_config(result: Values, counterpart: _Counterpart, config: Values, defaults: Values) -> list[str]:
+    """The sampler's settings."""
+    problems, reads = [], CLASSES[counterpart.class_name].reads
     for key, value in config.items():
-        theirs = _THEIR_NAMES.get((name, key))
-        if theirs is not None:
-            result[theirs] = value
+        if key in counterpart.names:
+            result[counterpart.names[key]] = value
         elif key == "sigma_schedule":
-            rule = next((switch for switch, rule in _SIGMAS.items() if rule == value), None)
+            if "sigma_schedule" in reads and value in (None, "exponential"):
+                result[key] = value or "karras"
+                continue
+            rule = next((switch for switch, rule in RULES.items() if rule == value), None)
             if value is not None and rule in reads:
                 result[rule] = True
             elif value is not None:
                 problems.append(f"sigma_schedule = {value!r}")
-        elif key == "timestep_spacing":
-            result[key] = value or schedule.get(key)
-        elif value != defaults.get(key):
+        elif value != defaults.get(key) and (key != "timestep_spacing" or "sigma_schedule" in reads):
             problems.append(f"{key} = {value!r}")
+    return problems
+
+
+def _write_prediction(result: Values, prediction: Values, kind: str) -> list[str]:
+    problems = []
     learned = prediction.get("variance") == _LEARNED
     if learned != (result.get("variance_type") == _LEARNED):  # their other schedulers take no second half of channels
         problems.append(f"variance {prediction.get('variance')!r} of the prediction")
-    if prediction.get("type") not in _PREDICTIONS or prediction.get("x0_above_sigma") is not None:
+    if kind == "edm" and prediction.get("type") == "edm":
+        result |= {"prediction_type": "epsilon", "sigma_data": prediction["sigma_data"]}
+    elif kind != "edm" and prediction.get("type") in PREDICTIONS and prediction.get("x0_above_sigma") is None:
+        result["prediction_type"] = prediction["type"]
+    else:
         problems.append(f"prediction {prediction!r}")
-    if problems:
-        raise ConfigError(f"{class_name} of diffusers cannot express, for the sampler {name!r}: {'; '.join(problems)}")
-    return result | {"prediction_type": prediction["type"]}
+    return problems

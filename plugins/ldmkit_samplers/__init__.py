@@ -41,11 +41,13 @@ SAMPLERS = (
     ("dpm-singlestep", "dpm_singlestep:DPMSinglestepSampler", "DPM-Solver and DPM-Solver++ of orders 1 to 3 without memory."),
     ("dpm-adaptive", "dpm_adaptive:DPMAdaptiveSampler", "DPM-Solver-3 with steps as long as a tolerance allows (k-diffusion)."),
     ("dpm++-2m", "dpmpp_2m:DPMpp2MSampler", "Second-order multistep on x0 (Lu et al. 2022); good from 20 steps on."),
+    ("dpm++-3m", "dpmpp_3m:DPMpp3MSampler", "dpm++-2m by three estimates instead of two (Lu et al. 2022)."),
     ("dpm++-2s-ancestral", "dpmpp_2s_ancestral:DPMpp2SAncestralSampler", "Second-order singlestep on x0, with fresh noise."),
     ("dpm++-sde", "dpmpp_sde:DPMppSDESampler", "Two evaluations and Brownian noise a step (k-diffusion)."),
     ("dpm++-2m-sde", "dpmpp_2m_sde:DPMpp2MSDESampler", "dpm++-2m of the stochastic equation, with Brownian noise."),
     ("dpm++-3m-sde", "dpmpp_3m_sde:DPMpp3MSDESampler", "dpm++-2m-sde by three estimates instead of two (k-diffusion)."),
     ("lcm", "lcm:LCMSampler", "For latent consistency models (Luo et al. 2023): 1 to 8 steps."),
+    ("tcd", "tcd:TCDSampler", "For trajectory consistency models (Zheng et al. 2024): 2 to 20 steps, as much noise as asked."),
     ("consistency", "consistency:ConsistencySampler", "For consistency models (Song et al. 2023): few steps."),
     ("restart", "restart:RestartSampler", "Heun's method, thrown back into noise now and then (Xu et al. 2023)."),
     ("deis", "deis:DEISSampler", "Exponential multistep on the noise, to third order (Zhang and Chen 2023)."),
@@ -63,5 +65,5 @@ NOISELESS: Mapping[str, Mapping[str, Any]] = {
     "restart": {"intervals": []},
 }
 """By what values of their config those that draw noise of their own accord follow the probability flow."""
-CONSISTENCY = ("consistency", "lcm")
+CONSISTENCY = ("consistency", "lcm", "tcd")
 """Those for models whose prediction is the image itself, not the mean of the images it may be."""

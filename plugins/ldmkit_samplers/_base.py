@@ -57,12 +57,17 @@ class SpacedSampler(Sampler):
         """The n times of an ordinary run, falling. Raises: InputError, as `Schedule.timesteps`."""
         return schedule.timesteps(n, spacing=self.spacing(schedule), integers=self.whole_times)
 
+    def ends(self, schedule: Schedule, levels: Sequence[Level]) -> tuple[float, float]:
+        """The greatest and least sigma / alpha that a rule fills the range between: those of the levels by times."""
+        return levels[0].ratio, levels[-1].ratio
+
     def levels(self, schedule: Schedule, num_inference_steps: int) -> Levels:
         """The levels of an ordinary run. Raises: InputError, as `Schedule.timesteps`."""
         levels = [schedule.level(t) for t in self.times(schedule, num_inference_steps)]
         if self.config.sigma_schedule is not None:
-            ends = {"high": levels[0].ratio, "low": levels[-1].ratio}
-            ratios = spaced_ratios(self.config.sigma_schedule, num_inference_steps, schedule, rho=self.config.rho, **ends)
+            high, low = self.ends(schedule, levels)
+            rule, rho = self.config.sigma_schedule, self.config.rho
+            ratios = spaced_ratios(rule, num_inference_steps, schedule, high=high, low=low, rho=rho)
             levels = [schedule.at(ratio) for ratio in ratios]
         elif self.config.rho is not None:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,8 +16,9 @@ from ldmkit_samplers._base import SamplerConfig, SpacedSampler
 
 class DPMConfig(SamplerConfig):
     """Attributes:
-    timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`.
-    final_sigmas_type: where it ends: "zero" is the clean image, "sigma_min" the schedule's first level, t = 0.
+    timestep_spacing, sigma_schedule, rho: which levels a run visits; see `SamplerConfig`. A rule for sigma / alpha has the
+        whole range of a schedule with times, as its authors and hosts have it.
+    final_sigmas_type: where it ends: "zero" is the clean image, "sigma_min" the first level, t = 0, of a schedule with times.
     """
 
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
@@ -30,8 +32,18 @@ class DPMFamily(SpacedSampler):
         return 1.0
 
     def last_level(self, schedule: Schedule) -> Level:
-        """The clean image, or the level of t = 0."""
-        return CLEAN if self.config.final_sigmas_type == "zero" else schedule.level(0)
+        """The clean image, or the level of t = 0. Raises: InputError for "sigma_min" of a schedule without whole times."""
+        if self.config.final_sigmas_type == "zero":
+            return CLEAN
+        if not isinstance(schedule, NoiseSchedule):
+            raise InputError(f"final_sigmas_type 'sigma_min' is the level of t = 0, and a {type(schedule).__name__} has none")
+        return schedule.level(0)
+
+    def ends(self, schedule: Schedule, levels: Sequence[Level]) -> tuple[float, float]:
+        """Those of the whole schedule, where it has whole times."""
+        if not isinstance(schedule, NoiseSchedule):
+            return super().ends(schedule, levels)
+        return schedule.level(schedule.num_train_timesteps - 1).ratio, schedule.level(0).ratio
 
     def times(self, schedule: Schedule, n: int) -> list[float]:
         """n whole times, falling. Trailing spacing is everyone's; schedules without whole times have their own.

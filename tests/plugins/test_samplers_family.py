@@ -1,19 +1,15 @@
 """The family of deterministic and ancestral samplers: against diffusers, step by step on a smooth network, in float64."""
 
-import functools
-
 import pytest
-import torch
-from diffusers.schedulers import scheduling_lms_discrete
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ldmkit import NoiseSchedule, Prediction, build
 from tests.peers import in_float64, scheduler
+from tests.smooth import Draws, run_ours, run_peer, smooth
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers, with numpy 2
 
-SHAPE = (2, 3, 4, 4)
 NOT_COMPARED = {
     ("plms, pndm", "n not dividing T, or linspace"): "diffusers goes from t to t - T // n, which is not the next time there",
     (
@@ -36,46 +32,6 @@ NOT_COMPARED = {
 """Settings in which the peer differs, and why."""
 
 
-def smooth(x, t):
-    """An analytic network."""
-    return 0.8 * torch.tanh(x + 0.3 * torch.sin(torch.as_tensor(t, dtype=torch.float64) / 150)) + 0.1 * torch.roll(x, 1, -1)
-
-
-class Draws:
-    """Endless noise, the same for both sides; increments of the motion are new draws too, as the peers have it."""
-
-    def __init__(self, seed):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self):
-        return torch.randn(SHAPE, generator=self.generator, dtype=torch.float64)
-
-    def between(self, high, low):
-        assert high > low >= 0
-        return self()
-
-
-def run_ours(sampler, schedule, prediction, n, noise):
-    levels = sampler.levels(schedule, n)
-
-    def denoise(x, level):
-        return prediction.to_x0(smooth(x / level.scale, level.t), x, level)
-
-    state = sampler.init(noise(), levels)
-    while not state.done:
-        state = sampler.step(denoise, state, noise)
-    return state.x
-
-
-def run_peer(peer, n, noise, monkeypatch):
-    peer.set_timesteps(n)
-    x = noise() * peer.init_noise_sigma
-    monkeypatch.setitem(type(peer).step.__globals__, "randn_tensor", lambda *_, **__: noise())
-    for t in peer.timesteps:
-        x = peer.step(smooth(peer.scale_model_input(x, t), t), t, x).prev_sample
-    return x
-
-
 CASES = {
     "plms": ({}, {}),
     "pndm": ({}, {}),
@@ -96,11 +52,16 @@ CASES = {
         {"solver_type": st.sampled_from(["midpoint", "heun"]), "final_sigmas_type": st.sampled_from(["zero", "sigma_min"])},
         {"algorithm_type": "dpmsolver++"},
     ),
+    "dpm++-3m": (
+        {"solver_type": st.sampled_from(["midpoint", "heun"]), "final_sigmas_type": st.sampled_from(["zero", "sigma_min"])},
+        {"algorithm_type": "dpmsolver++", "solver_order": 3},
+    ),
     "dpm++-2m-sde": (
         {"solver_type": st.sampled_from(["midpoint", "heun"]), "final_sigmas_type": st.just("zero")},
         {"algorithm_type": "sde-dpmsolver++"},
     ),
     "lcm": ({"original_inference_steps": st.sampled_from([25, 50])}, {}),
+    "tcd": ({"original_inference_steps": st.sampled_from([25, 50])}, {}),
     "deis": ({"order": st.integers(1, 3)}, {}),
     "unipc": ({"order": st.integers(1, 3), "solver_type": st.sampled_from(["bh1", "bh2"])}, {}),
 }
@@ -134,15 +95,9 @@ def test_latents_are_those_of_diffusers(name, data):
         sampler = build("sampler", name, **config, final_sigmas_type="sigma_min")
         config["final_sigmas_type"] = "sigma_min"
     options = {PEERS_NAME.get((name, key), key): value for key, value in config.items()} | told
-    with in_float64(), pytest.MonkeyPatch.context() as patch:
-        quad = functools.partial(scheduling_lms_discrete.integrate.quad, epsabs=1e-13)
-        patch.setattr(scheduling_lms_discrete.integrate, "quad", lambda *a, epsrel: quad(*a, epsrel=1e-12))
+    with in_float64():
         peer = scheduler(name, schedule.config, kind, **options, **({"use_karras_sigmas": True} if karras else {}))
-        torch.set_default_dtype(torch.float64)  # LCM's boundary condition is made of whole times, which become the default
-        try:
-            theirs = run_peer(peer, n, Draws(1), patch)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        theirs = run_peer(peer, n, Draws(1))
     ours = run_ours(sampler, schedule, Prediction(Prediction.Config(type=kind)), n, Draws(1))
     assert float((ours - theirs).abs().max()) <= 1e-9 * float(theirs.std())
 
