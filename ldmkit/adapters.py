@@ -16,7 +16,7 @@ from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.interfaces import Conditioner, Denoiser
-from ldmkit.nn.low_rank import LowRank, attach, detach
+from ldmkit.nn.low_rank import LowRank, attach, detach, directions
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Adapters:
         made = []
         for layer, pair in adapter.pairs:
             weight = cast(Tensor, layer.weight)
-            made.append(LowRank(pair.down, pair.up, scale=pair.scale, weight=adapter.weight).to(weight.device, weight.dtype))
+            gain = None if pair.magnitude is None else (_directed(weight.detach(), pair) - 1).to(weight.dtype)
+            low_rank = LowRank(pair.down, pair.up, scale=pair.scale, weight=adapter.weight, gain=gain)
+            made.append(low_rank.to(weight.device, weight.dtype))
         for (layer, _), low_rank in zip(adapter.pairs, made, strict=True):  # once there was memory for all
             attach(layer, name, low_rank)
 
@@ -62,18 +64,15 @@ class Adapters:
         changes: dict[nn.Module, list[tuple[float, Pair]]] = {}
         for adapter in self.loaded.values():
             for layer, pair in adapter.pairs:
-                changes.setdefault(layer, []).append((adapter.weight * pair.scale * lora_scale, pair))
+                changes.setdefault(layer, []).append((adapter.weight * lora_scale, pair))
         self.detach(list(self.loaded))
         self.kept = []
         try:
             for layer, terms in changes.items():
                 weight = cast(nn.Parameter, layer.weight)
                 self.kept.append((layer, weight.detach().to("cpu", copy=True)))
-                merged = weight.to(_exact(weight.device), torch.float64)
-                for factor, pair in terms:
-                    up, down = (side.to(merged).flatten(1) for side in (pair.up, pair.down))
-                    merged += factor * (up @ down).view_as(merged)
-                weight.copy_(merged)
+                plain = weight.to(_exact(weight.device), torch.float64)
+                weight.copy_(plain + sum(factor * _change(plain, pair) for factor, pair in terms))
         except BaseException:  # memory ran out, or the user's patience
             self.unfuse()
             raise
@@ -84,6 +83,20 @@ class Adapters:
             cast(nn.Parameter, layer.weight).copy_(weight)
         self.kept = None
         self.attach()
+
+
+def _change(plain: Tensor, pair: Pair) -> Tensor:
+    """What a whole adapter adds to a weight, in float64."""
+    up, down = (side.to(plain).flatten(1) for side in (pair.up, pair.down))
+    change = pair.scale * (up @ down).view_as(plain)
+    return change if pair.magnitude is None else _directed(plain, pair) * (plain + change) - plain
+
+
+def _directed(weight: Tensor, pair: Pair) -> Tensor:
+    """DoRA's m / |W + scale up down|, in float64."""
+    assert pair.magnitude is not None
+    exact = weight.to(_exact(weight.device), torch.float64)
+    return directions(exact, pair.down, pair.up, scale=pair.scale, magnitude=pair.magnitude)
 
 
 def _exact(device: torch.device) -> torch.device:
@@ -116,7 +129,8 @@ class Adaptable:
         """Add a LoRA beside those that are loaded already; it works at once, together with them.
 
         Names of kohya, PEFT, diffusers (old and new) and cloneofsimo are understood, for the denoiser's and the text encoders'
-        linear layers and convolutions. `pipe.accounting["lora NAME"]` says where each key went.
+        linear layers and convolutions; so is DoRA (Liu et al. 2024), of which half a weight goes half the way.
+        `pipe.accounting["lora NAME"]` says where each key went.
 
         Args:
             file: a safetensors file, a folder that holds one, tensors by name, or a pickle (see `allow_pickle`).

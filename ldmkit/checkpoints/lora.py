@@ -29,18 +29,22 @@ FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 SETTINGS = "adapter_config.json"
 """PEFT's, beside its file."""
 EMBEDDING = "an embedding of textual inversion: load_textual_inversion loads it from the same file"
-_OTHER_KINDS = re.compile(
-    r"(dora_scale|lora_magnitude_vector|hada_\w+|lokr_\w+|lora_mid|lora_embedding_[AB]|oft_\w+|\.diff(_b)?$|lora_B.*\.bias$)"
-)
+_OTHER_KINDS = re.compile(r"(hada_\w+|lokr_\w+|lora_mid|lora_embedding_[AB]|oft_\w+|\.diff(_b)?$|lora_B.*\.bias$)")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The change of one layer's weight: scale * up @ down, as stored in the file."""
+    """The change of one layer's weight: scale * up @ down, as stored in the file.
+
+    Attributes:
+        magnitude: DoRA's, which the changed weight is brought to: of each output, (out, 1), or of each input, (1, in), with two
+            more dimensions of 1 for a convolution; None for LoRA.
+    """
 
     down: Tensor
     up: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def pairs_of(file: LoraFile, layers: Layers, *, model: str, strict: bool = True)
     """What a file adds to each layer, by the layer's name in `Layers`.
 
     Raises:
-        CheckpointError: for kinds of adapters that are not low-rank pairs, two keys for one matrix, NaN or infinity.
+        CheckpointError: for kinds of adapters that are neither LoRA nor DoRA, two keys for one matrix, NaN or infinity.
         ArchitectureMismatchError: listing every key that the pipeline has no place for, or of another shape.
     """
     _check_kinds(file)
@@ -157,11 +161,10 @@ def is_embedding(key: str, metadata: Mapping[str, str]) -> bool:
 
 def _check_kinds(file: LoraFile) -> None:
     other = sorted({match[1].lstrip(".") for key in file.tensors if (match := _OTHER_KINDS.search(key))})
-    other += [f"use_dora of {SETTINGS}" for settings in file.settings.values() if settings.get("use_dora")]
     if other:
         raise CheckpointError(
-            f"{file.source} holds adapters of another kind ({', '.join(other)}); only LoRA's pairs of down and up are read, so "
-            "merge it into a checkpoint with the tool that made it"
+            f"{file.source} holds adapters of another kind ({', '.join(other)}); only pairs of down and up (LoRA, DoRA) are "
+            "read, so merge it into a checkpoint with the tool that made it"
         )
     for component, known in NUMBERED_CLASSES.items():
         if any(key.startswith(f"{component}:") for key in file.tensors) and component in file.metadata:
@@ -184,6 +187,8 @@ def _misshapen(file: LoraFile, found: Mapping[str, Mapping[str, str]], layers: L
                 wrong[f"{name}.{role}"] = (given, wanted)
         if "alpha" in keys and (alpha := file.tensors[keys["alpha"]]).numel() != 1:
             wrong[f"{name}.alpha"] = (tuple(alpha.shape), ())
+        if "magnitude" in keys and _magnitude_shape(file, keys["magnitude"], weight) is None:
+            wrong[f"{name}.magnitude"] = (tuple(file.tensors[keys["magnitude"]].shape), (weight.shape[0], 1))
     return wrong
 
 
@@ -191,6 +196,17 @@ def _wanted(rank: int, layer: nn.Module) -> tuple[Shape, Shape]:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return (rank, *weight.shape[1:]), (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
+
+
+def _magnitude_shape(file: LoraFile, key: str, weight: Tensor) -> Shape | None:
+    """A number for each output, as the paper and PEFT have it, or for each input, as other trainers may; None is neither."""
+    shape, (out, into, *more) = tuple(file.tensors[key].shape), weight.shape
+    count, ones = math.prod(shape), (1 for _ in more)
+    if count == out and (not key.endswith(".dora_scale") or shape[0] == out):
+        return (out, 1, *ones)
+    if count == into and shape[:2] == (1, into) and key.endswith(".dora_scale"):
+        return (1, into, *ones)
+    return None
 
 
 def _plain(shape: Shape) -> Shape:
@@ -212,15 +228,30 @@ def _pair(file: LoraFile, name: str, keys: Mapping[str, str], layer: nn.Module) 
     wanted_down, wanted_up = _wanted(len(down), layer)
     alpha = float(file.tensors[keys["alpha"]]) if "alpha" in keys else None
     scale = _scale(file, name, keys["down"], alpha, len(down))
-    return Pair(down.reshape(wanted_down).clone(), up.reshape(wanted_up).clone(), scale)
+    return Pair(down.reshape(wanted_down).clone(), up.reshape(wanted_up).clone(), scale, _magnitude(file, name, keys, layer))
+
+
+def _magnitude(file: LoraFile, name: str, keys: Mapping[str, str], layer: nn.Module) -> Tensor | None:
+    if "magnitude" in keys:
+        assert isinstance(layer.weight, Tensor)
+        shape = _magnitude_shape(file, keys["magnitude"], layer.weight)
+        assert shape is not None
+        return file.tensors[keys["magnitude"]].reshape(shape).clone()
+    if (_settings_of(file, name) or {}).get("use_dora"):
+        raise CheckpointError(f"{file.source}: {SETTINGS} says use_dora, and there is no lora_magnitude_vector of {name}")
+    return None
+
+
+def _settings_of(file: LoraFile, name: str) -> Mapping[str, Any] | None:
+    """PEFT's, for the component that a layer belongs to."""
+    return file.settings.get(name.partition(".")[0], file.settings.get(""))
 
 
 def _scale(file: LoraFile, name: str, key: str, alpha: float | None, rank: int) -> float:
     """alpha / rank (LoRA, sec. 4.1), or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); 1 where none is told."""
     if alpha is not None:
         return alpha / rank
-    component, _, path = name.partition(".")
-    settings = file.settings.get(component, file.settings.get(""))
+    settings, path = _settings_of(file, name), name.partition(".")[2]
     if settings is None:
         if key.startswith(RAW_PEFT):
             raise CheckpointError(

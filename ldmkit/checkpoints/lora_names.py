@@ -12,7 +12,7 @@ from ldmkit.checkpoints.compvis import unet_map
 from ldmkit.checkpoints.keymap import KeyMap
 from ldmkit.nn.low_rank import adaptable
 
-Role = Literal["down", "up", "alpha"]
+Role = Literal["down", "up", "alpha", "magnitude"]
 
 UNET, ENCODERS = "unet", ("text_encoder", "text_encoder_2")
 RAW_PEFT = "base_model.model."
@@ -21,7 +21,8 @@ RAW_PEFT = "base_model.model."
 _END = re.compile(
     r"(?:(?:\.lora_|[._]lora(?:_linear_layer)?\.)(?P<plain>down|up)\.weight"  # kohya; diffusers before PEFT
     r"|\.lora_(?P<peft>[AB])(?:\.\w+)?\.weight"
-    r"|(?P<alpha>\.alpha))$"
+    r"|(?P<alpha>\.alpha)"
+    r"|(?P<magnitude>\.dora_scale|\.lora_magnitude_vector(?:\.\w+){0,2}))$"  # LyCORIS and OneTrainer; PEFT and diffusers
 )
 _NUMBERED = re.compile(r"(unet|text_encoder):(\d+):(down|up)$")
 _FLAT = {"lora_unet_": UNET, "lora_te_": ENCODERS[0], "lora_te1_": ENCODERS[0], "lora_te2_": ENCODERS[1]}
@@ -31,7 +32,7 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Place(NamedTuple):
-    """Where a tensor belongs: one of the two matrices, or the alpha, of a layer ("unet.mid_block....to_q")."""
+    """Where a tensor belongs: one of the matrices, the alpha, or DoRA's magnitude, of a layer ("unet.mid_block....to_q")."""
 
     layer: str
     role: Role
@@ -44,7 +45,8 @@ def describe(key: str) -> tuple[str, str, Role] | None:
     end = _END.search(key)
     if end is None:
         return None
-    role: Role = "alpha" if end["alpha"] else "down" if (end["plain"] or end["peft"]) in ("down", "A") else "up"
+    role: Role = "down" if (end["plain"] or end["peft"]) in ("down", "A") else "up"
+    role = "alpha" if end["alpha"] else "magnitude" if end["magnitude"] else role
     for start, component in _FLAT.items():
         if key.startswith(start):
             return component, "kohya's names", role

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,25 @@ from ldmkit.errors import CheckpointError
 
 LONGEST_PICKLE = 100_000_000
 """Bytes of `data.pkl`, which holds names and shapes only."""
+
+
+class _LeftOut:
+    """Stands for classes that trainers' checkpoints name beside the weights: nothing of theirs is imported or kept."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+LEFT_OUT = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",  # in Stable Diffusion's first files
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+"""Names of such classes."""
 
 
 def is_pickle(path: Path) -> bool:
@@ -42,7 +63,8 @@ def unpickle(path: Path) -> Any:
     """What an archive holds: tensors, plain values, lists and mappings of them. Raises: CheckpointError, as `read_pickle`."""
     _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([(_LeftOut, name) for name in LEFT_OUT]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if "Unsupported global" not in str(error) else _global(str(error))
         raise CheckpointError(
@@ -68,6 +90,13 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            programs = [
+                archive.read(member)
+                for member in members
+                if member.filename.endswith(".pkl")
+                and member.compress_type == zipfile.ZIP_STORED
+                and member.file_size <= min(LONGEST_PICKLE, path.stat().st_size)
+            ]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
         raise CheckpointError(
             f"{path} is no zip archive, or a damaged one ({error}); files from before torch 1.6 are not read: save it again"
@@ -82,6 +111,34 @@ def _check_archive(path: Path) -> None:
     large = [member.filename for member in members if member.filename.endswith(".pkl") and member.file_size > LONGEST_PICKLE]
     if large:
         raise CheckpointError(f"{path}: {large[0]} is larger than {LONGEST_PICKLE} bytes; it should only hold names and shapes")
+    for program in programs:
+        _check_growth(path, program)
+
+
+def _check_growth(path: Path, program: bytes) -> None:
+    """What torch's unpickler calls may make much of little: bytes of any length, or codecs applied again and again."""
+    names, strings = set(), set()
+    try:
+        for opcode, argument, _ in pickletools.genops(program):
+            if opcode.name == "GLOBAL":
+                names.add(str(argument))
+            elif isinstance(argument, str) and len(argument) < 32:
+                strings.add(argument)
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        raise CheckpointError(f"{path} is damaged: its pickle breaks off: {error}") from None
+    grows = [name for name in sorted(names) if name.split(" ")[-1] == "bytearray"]
+    if "_codecs encode" in names:  # how bytes are stored, as text in latin1
+        grows += [f"_codecs encode with {string!r}" for string in sorted(strings) if _is_of_bytes(string)]
+    if grows:
+        raise CheckpointError(f"{path} calls {grows[0]}, which weights never do; it could grow without end and is not read")
+
+
+def _is_of_bytes(name: str) -> bool:
+    """Whether a string names a codec from bytes to bytes, as hex, which can be applied to its own result."""
+    try:
+        return not codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        return False
 
 
 def _check_tensor(path: Path, key: str, tensor: Tensor) -> None:

@@ -21,6 +21,9 @@ FULL_SIZE = {
 }
 """Recorded lists in the CompVis or Stability layout; those of the same models in the diffusers layout where there are any."""
 
+TEXT = "diffusers_keys_sd15_text"
+"""CLIP-L's, without `text_model.`"""
+
 
 def recorded(shared: Path, name: str) -> dict[str, tuple[int, ...]]:
     text = (shared / f"data/key_shapes/{name}.json").read_text()
@@ -63,6 +66,25 @@ def test_published_diffusers_lists_map_to_theirs_and_back(shared: Path, name: st
     keymap = next(found.keymap for found in recognise(recorded(shared, source)) if found.name == kind)
     theirs = keymap.restore(on_meta(ours))
     assert {key: tuple(tensor.shape) for key, tensor in converted(keymap, theirs).items()} == ours
+
+
+def test_the_published_list_of_clip_s_keys_maps_to_compvis_s_and_back(shared: Path) -> None:
+    """Names in a Stable Diffusion 1 file, with and without `text_model.`; recognised beside the other two components."""
+    ours = recorded(shared, TEXT)
+    for nested in (True, False):
+        theirs = clip_map(nested=nested).prefixed("cond_stage_model.transformer").restore(on_meta(ours))
+        assert len(theirs) == len(ours)
+        assert all(("text_model." in key) == nested for key in theirs)
+        whole = recorded(shared, "compvis_keys_sd1") | {key: tuple(tensor.shape) for key, tensor in theirs.items()}
+        found = {component.name: component for component in recognise(whole)}
+        assert set(found) == {"unet", "vae", "text_encoder"}
+        back = converted(found["text_encoder"].keymap, theirs)
+        assert {key: tuple(tensor.shape) for key, tensor in back.items()} == ours
+
+
+def test_every_published_list_is_tested(shared: Path) -> None:
+    tested = {*FULL_SIZE, *(list_ for lists in FULL_SIZE.values() for list_ in lists.values() if list_), TEXT}
+    assert tested == {path.stem for path in (shared / "data/key_shapes").glob("*.json")}
 
 
 @st.composite

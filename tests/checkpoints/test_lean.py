@@ -109,6 +109,19 @@ def test_classes_that_cannot_be_made_without_weights_are_made_with(asks: bool) -
     assert (module.norm > 0) == asks
 
 
+def test_progress_is_shown_for_large_files_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_pipeline(tmp_path).save_pretrained(tmp_path / "p")
+    Pipeline.from_pretrained(folder)
+    assert "UNet" not in capsys.readouterr().err
+    monkeypatch.setattr("ldmkit.checkpoints.filling.SHOWN_FROM", 1)
+    Pipeline.from_pretrained(folder)
+    told = capsys.readouterr().err
+    assert "UNet: 100%" in told
+    assert "KLAutoencoder: 100%" in told
+
+
 # --------------------------------------------------------------------------------------------------------------------- the hub
 
 

@@ -24,6 +24,7 @@ from ldmkit.checkpoints.lora import Pair, pairs_of, read_lora
 from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.errors import ArchitectureMismatchError, CheckpointError, InputError, InputTypeError
 from ldmkit.kernels import record
+from ldmkit.nn.low_rank import directions
 from ldmkit.testing.accuracy import assert_as_accurate
 from ldmkit_text.clip import CLIPTextConditioner
 from ldmkit_unet.presets import PRESETS
@@ -70,6 +71,28 @@ def draw(layers: Layers, wanted: Callable[[str], bool] = lambda name: True, *, s
     return pairs
 
 
+def with_magnitudes(pairs: Pairs, layers: Layers, axis: int) -> Pairs:
+    """DoRA's, of each output (axis 0) or input (1): about the norms of the weights, so that half of it is seen."""
+    made = {}
+    for name, pair in pairs.items():
+        weight = layers.by_name[name].weight.detach()
+        norm = torch.linalg.vector_norm(weight, dim=[dim for dim in range(weight.ndim) if dim != axis], keepdim=True)
+        made[name] = dataclasses.replace(pair, magnitude=norm * torch.linspace(0.7, 1.4, norm.numel()).view_as(norm))
+    return made
+
+
+def decomposed(weight: Tensor, pair: Pair) -> Tensor:
+    """Eq. 5 of DoRA in float64."""
+    up, down = pair.up.double().flatten(1), pair.down.double().flatten(1)
+    moved = weight.double() + pair.scale * torch.einsum("or,ri->oi", up, down).view_as(weight)
+    if pair.magnitude is None:
+        return moved
+    outputs = pair.magnitude.shape[1] == 1
+    rows = moved.flatten(1) if outputs else moved.transpose(0, 1).flatten(1)
+    norm = rows.square().sum(dim=1).sqrt().view_as(pair.magnitude)
+    return pair.magnitude.double() * moved / norm
+
+
 def attention(name: str) -> bool:
     return ".attn" in name or ".self_attn." in name
 
@@ -86,6 +109,7 @@ def kohya(pairs: Pairs, prefix: str = "lora_te_", rename: Callable[[str], str] =
         path = f"text_model.{path}" if component != "unet" else rename(path)
         key = ("lora_unet_" if component == "unet" else prefix) + path.replace(".", "_")
         tensors |= {f"{key}.lora_down.weight": pair.down, f"{key}.lora_up.weight": pair.up, f"{key}.alpha": torch.tensor(ALPHA)}
+        tensors |= {} if pair.magnitude is None else {f"{key}.dora_scale": pair.magnitude}
     return tensors
 
 
@@ -97,6 +121,9 @@ def dotted(pairs: Pairs, down: str, up: str, *, alpha: bool = True) -> Tensors:
         tensors |= {f"{key}.{down}.weight": pair.down, f"{key}.{up}.weight": pair.up}
         if alpha:
             tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
+        if pair.magnitude is not None:  # PEFT's shapes
+            turned = pair.magnitude.flatten() if pair.magnitude.ndim == 2 else pair.magnitude.transpose(0, 1)
+            tensors[f"{key}.lora_magnitude_vector"] = turned
     return tensors
 
 
@@ -138,6 +165,8 @@ FORMATS: dict[str, Callable[[Pairs], Tensors]] = {
 def assert_same(found: Pairs, wanted: Pairs) -> None:
     assert found.keys() == wanted.keys()
     for name, pair in wanted.items():
+        assert (found[name].magnitude is None) == (pair.magnitude is None), name
+        assert pair.magnitude is None or torch.equal(found[name].magnitude, pair.magnitude), name
         assert torch.equal(found[name].down, pair.down), name
         assert torch.equal(found[name].up, pair.up), name
         assert found[name].scale == pair.scale, name
@@ -149,6 +178,17 @@ def test_names(pipe: Pipeline, style: str) -> None:
     pairs = draw(layers)
     assert {split(name)[0] for name in pairs} == {"unet", "text_encoder"}
     assert {type(layer) for layer in layers.by_name.values()} == {nn.Linear, nn.Conv2d}
+    tensors = FORMATS[style](pairs)
+    found, accounting = pairs_of(read_lora(tensors), layers, model="toy")
+    assert_same(found, pairs)
+    assert set(accounting.mapped.values()) == tensors.keys()
+
+
+@pytest.mark.parametrize(("style", "axis"), [("kohya", 0), ("kohya", 1), ("diffusers and PEFT", 0)])
+def test_names_of_magnitudes(pipe: Pipeline, style: str, axis: int) -> None:
+    """DoRA as LyCORIS and OneTrainer write it, by outputs or inputs, and as PEFT and diffusers do."""
+    layers = layers_of(pipe)
+    pairs = with_magnitudes(draw(layers), layers, axis)
     tensors = FORMATS[style](pairs)
     found, accounting = pairs_of(read_lora(tensors), layers, model="toy")
     assert_same(found, pairs)
@@ -199,7 +239,7 @@ def test_scale_of_peft(pipe: Pipeline, tmp_path: Path, settings: dict[str, Any],
         ({"lora_alpha": "two"}, "lora_alpha = 'two'"),
         ({"alpha_pattern": [1]}, "must map names"),
         ({"alpha_pattern": {"(a+)+$": 1}}, "only names of layers"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "says use_dora, and there is no lora_magnitude_vector of unet.conv_in"),
     ],
 )
 def test_settings_that_cannot_be_served(pipe: Pipeline, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -363,6 +403,64 @@ def test_pictures_as_with_peft(peer: Any, pipe: Pipeline, tmp_path: Path) -> Non
     assert_as_accurate(latents(pipe), latents(other), oracle)
 
 
+def test_pictures_of_dora_as_with_peft(peer: Any, pipe: Pipeline) -> None:
+    pytest.importorskip("peft", reason="diffusers loads DoRA through peft: pip install peft")
+    layers = layers_of(pipe)
+    unet = draw(layers, lambda name: name.startswith("unet") and (attention(name) or "resnets" in name), seed=1, alpha=RANK)
+    tensors = dotted(with_magnitudes(unet, layers, 0), "lora_A", "lora_B", alpha=False)
+    other = copy.deepcopy(peer)
+    with in_float64():
+        wide = copy.deepcopy(peer).to(torch.float64)
+        wide.scheduler = type(peer.scheduler).from_config(peer.scheduler.config)
+    plain = latents(pipe)
+    for target in (other, wide, pipe):
+        target.load_lora_weights(dict(tensors))
+    wide.to(torch.float64)
+    with in_float64():
+        oracle = latents(wide, dtype=torch.float64)
+    assert not torch.allclose(plain.double(), oracle, atol=0.1)
+    assert_as_accurate(latents(pipe), latents(other), oracle, what="beside the weights")
+    pipe.fuse_lora()
+    assert_as_accurate(latents(pipe), latents(other), oracle, what="fused")
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(pipe), plain)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dora_goes_a_straight_way_beside_other_adapters(axis: int) -> None:
+    """Beside the weights and merged, by the formula; a row of zeros has no direction and stays zero."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+    net = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 1), convolution, nn.Conv2d(4, 2, 1)]).double()
+    layers = object.__new__(Layers)
+    layers.by_name = {str(i): layer for i, layer in enumerate(net)}
+    inputs = [torch.randn(shape).double() for shape in ((2, 5), (2, 5), (2, 3, 8, 8), (2, 4, 3, 3))]
+    first, second = draw(layers, seed=1), draw(layers, seed=2)
+    first = with_magnitudes(first, layers, axis)
+    held = Adapters(
+        {
+            "dora": Adapter([(layers.by_name[name], pair) for name, pair in first.items()], 0.3),
+            "lora": Adapter([(layers.by_name[name], pair) for name, pair in second.items()], -0.6),
+        }
+    )
+    exact = []
+    for name, layer in layers.by_name.items():
+        weight = layer.weight.detach()
+        dora, lora = (decomposed(weight, pairs[name]) - weight for pairs in (first, second))
+        exact.append(weight + 0.3 * dora - 0.6 * lora)
+    wanted = copy.deepcopy(net)
+    for layer, weight in zip(wanted, exact, strict=True):
+        layer.weight.data = weight
+    held.attach()
+    for layer, other, x in zip(net, wanted, inputs, strict=True):
+        torch.testing.assert_close(layer(x), other(x), rtol=1e-12, atol=1e-12)
+    held.fuse(1.0)
+    for layer, weight in zip(net, exact, strict=True):
+        torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-13, atol=1e-13)
+    nothing = directions(torch.zeros(4, 5), torch.zeros(1, 5), torch.zeros(4, 1), scale=1.0, magnitude=torch.ones(4, 1))
+    assert torch.equal(nothing, torch.zeros(4, 1))
+
+
 def test_several_at_once(pipe: Pipeline) -> None:
     plain = latents(pipe)
     for seed in (1, 2):
@@ -415,9 +513,13 @@ def assert_rounded(weight: Tensor, exact: Tensor) -> None:
 @given(
     seed=st.integers(0, 2**32),
     weights=st.lists(st.floats(-2, 2), min_size=1, max_size=3),
+    axes=st.lists(st.sampled_from([None, 0, 1]), min_size=3, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-def test_merged_to_rounding_and_restored_bit_for_bit(seed: int, weights: list[float], dtype: torch.dtype) -> None:
+def test_merged_to_rounding_and_restored_bit_for_bit(
+    seed: int, weights: list[float], axes: list[int | None], dtype: torch.dtype
+) -> None:
+    """LoRA, and DoRA by outputs or inputs."""
     torch.manual_seed(seed)
     net = nn.ModuleList([nn.Linear(5, 4), nn.Conv2d(3, 6, 3, stride=2), nn.Conv2d(4, 2, 1)]).to(dtype)
     names = {str(i): layer for i, layer in enumerate(net)}
@@ -426,7 +528,8 @@ def test_merged_to_rounding_and_restored_bit_for_bit(seed: int, weights: list[fl
     for k, weight in enumerate(weights):
         layers = object.__new__(Layers)
         layers.by_name = names
-        pairs = draw(layers, seed=seed + k)
+        pairs, axis = draw(layers, seed=seed + k), axes[k]
+        pairs = pairs if axis is None else with_magnitudes(pairs, layers, axis)
         held.loaded[f"a{k}"] = Adapter([(names[name], pair) for name, pair in pairs.items()], weight)
     held.attach()
     held.fuse(0.5)
@@ -434,9 +537,8 @@ def test_merged_to_rounding_and_restored_bit_for_bit(seed: int, weights: list[fl
         assert type(layer) in (nn.Linear, nn.Conv2d)
         exact = before[f"{i}.weight"].double()
         for adapter in held.loaded.values():
-            pair = adapter.pairs[i][1]
-            up, down = pair.up.double().flatten(1), pair.down.double().flatten(1)
-            exact = exact + 0.5 * adapter.weight * pair.scale * torch.einsum("or,ri->oi", up, down).view_as(exact)
+            plain = before[f"{i}.weight"].double()
+            exact = exact + 0.5 * adapter.weight * (decomposed(plain, adapter.pairs[i][1]) - plain)
         assert_rounded(layer.weight, exact)
     held.unfuse()
     held.detach(list(held.loaded))
@@ -462,8 +564,10 @@ def spoil(tensors: Tensors, how: str) -> Tensors:
         return {**tensors, down: tensors[down].int()}
     if how == "twice":
         return {**tensors, "unet.conv_in.lora_A.weight": torch.zeros(RANK, 4, 3, 3)}
-    if how == "dora":
-        return {**tensors, "lora_unet_conv_in.dora_scale": torch.ones(16)}
+    if how == "magnitude":
+        return {**tensors, "lora_unet_conv_in.dora_scale": torch.ones(5)}
+    if how == "loha":
+        return {**tensors, "lora_unet_conv_in.hada_w1_a": torch.ones(16, 3)}
     return {}
 
 
@@ -476,7 +580,8 @@ def spoil(tensors: Tensors, how: str) -> Tensors:
         ("nan", "lora_unet_conv_in.lora_down.weight holds .* NaN"),
         ("integers", "floating-point"),
         ("twice", "are both the down of unet.conv_in"),
-        ("dora", "another kind .dora_scale"),
+        ("magnitude", r"shape       unet.conv_in.magnitude: file \(5,\), model \(16, 1\)"),
+        ("loha", "another kind .hada_w1_a"),
         ("empty", "holds no LoRA weights"),
     ],
 )

@@ -1,0 +1,179 @@
+"""Thousands of valid files with something changed: an error of ours that names the file, or what is really there."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from ldmkit import Pipeline
+from ldmkit.checkpoints.container import SafetensorsFile
+from ldmkit.checkpoints.inspecting import inspect
+from ldmkit.checkpoints.lora import pairs_of, read_lora
+from ldmkit.checkpoints.lora_names import Layers
+from ldmkit.checkpoints.pickles import read_pickle
+from ldmkit.checkpoints.textual_inversion import read_textual_inversion
+from ldmkit.checkpoints.weights import read_weights
+from ldmkit.errors import LdmkitError
+from tests.checkpoint_peers import stable_diffusion
+from tests.checkpoints.test_lora import draw, kohya
+from tests.conditions import tiny_pipeline
+from tests.mutants import SPOILT, Spoilt, bytes_mutants, json_mutants, safetensors_mutants
+
+TENSORS = {
+    "a.weight": torch.randn(3, 4),
+    "a.bias": torch.arange(5),
+    "b": torch.zeros(()),
+    "c": torch.ones(2, 0),
+    "d": torch.ones(7).half(),
+}
+WHOLE = save(TENSORS, metadata={"format": "pt"})
+
+Test = Callable[..., None]
+T = TypeVar("T")
+
+
+def fuzzed(examples: int, thousands: int) -> Callable[[Test], Callable[[Any], None]]:
+    """A property twice: with some examples always, and with many in `make test-all`."""
+
+    def decorate(test: Test) -> Any:
+        def run(self: Any, data: st.DataObject, files: Any) -> None:
+            test(data, files)
+
+        some = settings(max_examples=examples)(given(data=st.data())(run))
+        many = pytest.mark.exhaustive(settings(max_examples=thousands)(given(data=st.data())(run)))
+        return type(test.__name__, (), {"test_some": some, "test_thousands": many, "__module__": test.__module__})
+
+    return decorate
+
+
+def unless_refused(read: Callable[[Path], T], path: Path) -> T | None:
+    """What is read, or None after an error of ours that names the file."""
+    try:
+        return read(path)
+    except LdmkitError as error:
+        named = str(error)
+    assert str(path) in named
+    return None
+
+
+def survives(path: Path, content: bytes, read: Callable[[Path], dict[str, Tensor]]) -> None:
+    """Either an error of ours, or tensors that are really in the file."""
+    path.write_bytes(content)
+    tensors = unless_refused(read, path) or {}
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= len(content)
+    for tensor in tensors.values():
+        tensor.clone()
+
+
+class Files:
+    """What is spoilt, made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        torch.save({"state_dict": TENSORS, "step": 3}, folder / "whole.ckpt")
+        self.archive = (folder / "whole.ckpt").read_bytes()
+        self.shards = folder / "shards"
+        self.shards.mkdir()
+        parts = ({key: TENSORS[key] for key in ("a.weight", "a.bias")}, {key: TENSORS[key] for key in "bcd"})
+        names = ("x-1.safetensors", "x-2.safetensors")
+        for part, name in zip(parts, names, strict=True):
+            save_file(part, self.shards / name)
+        where = {key: name for part, name in zip(parts, names, strict=True) for key in part}
+        self.index = {"metadata": {"total_size": 1}, "weight_map": where}
+        (self.shards / "model.safetensors.index.json").write_text(json.dumps(self.index))
+        self.sd = folder / "sd"
+        stable_diffusion(folder / "tokenizer").save_pretrained(self.sd)
+        self.own = tiny_pipeline(folder).save_pretrained(folder / "own")
+        pipe = Pipeline.from_pretrained(self.sd)
+        self.layers = Layers(pipe.denoiser, pipe.conditioner)
+        pairs = draw(self.layers, lambda name: name.endswith((".to_q", "conv_in", "q_proj")))
+        told = {"lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.alpha_pattern": {"to_q": 2}})}
+        self.lora = save(kohya(pairs), metadata=told)
+        self.words = save({"clip_l": torch.randn(2, 12), "clip_g": torch.randn(2, 20)})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("fuzz"))
+
+
+@fuzzed(200, 8000)
+def TestSafetensors(data: st.DataObject, files: Files) -> None:
+    content = data.draw(safetensors_mutants(WHOLE))
+    survives(files.folder / "mutant.safetensors", content, lambda path: SafetensorsFile(path).tensors())
+
+
+@fuzzed(80, 3000)
+def TestArchives(data: st.DataObject, files: Files) -> None:
+    survives(files.folder / "mutant.ckpt", data.draw(bytes_mutants(files.archive)), read_pickle)
+
+
+@fuzzed(80, 4000)
+def TestPickles(data: st.DataObject, files: Files) -> None:
+    """The pickle alone is spoilt, inside an archive that is none the worse for it."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(files.archive)) as before, zipfile.ZipFile(made, "w") as after:
+        for member in before.infolist():
+            content = before.read(member)
+            after.writestr(member, data.draw(bytes_mutants(content)) if member.filename.endswith(".pkl") else content)
+    survives(files.folder / "mutant.ckpt", made.getvalue(), read_pickle)
+
+
+@fuzzed(60, 3000)
+def TestIndices(data: st.DataObject, files: Files) -> None:
+    """Of shards: none outside the folder is read."""
+    path = files.shards / "model.safetensors.index.json"
+    with Spoilt(path, data.draw(json_mutants(files.index, SPOILT | st.sampled_from([*files.index["weight_map"].values()])))):
+        tensors = unless_refused(read_weights, files.shards)
+    assert tensors is None or tensors.keys() <= TENSORS.keys()
+    assert tensors is None or all(torch.equal(value, TENSORS[key]) for key, value in tensors.items())
+
+
+@fuzzed(12, 1500)
+def TestConfigs(data: st.DataObject, files: Files) -> None:
+    """Every JSON file of a folder, ours and diffusers'; a number may say that there are a trillion layers."""
+    root = data.draw(st.sampled_from([files.sd, files.own]))
+    path = data.draw(st.sampled_from(sorted(root.rglob("*.json"))))
+    with Spoilt(path, data.draw(json_mutants(json.loads(path.read_text())))), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(LdmkitError):
+            Pipeline.from_pretrained(root)
+
+
+@fuzzed(60, 3000)
+def TestLora(data: st.DataObject, files: Files) -> None:
+    path = files.folder / "mutant.safetensors"
+    path.write_bytes(data.draw(safetensors_mutants(files.lora)))
+    read = unless_refused(lambda path: pairs_of(read_lora(path), files.layers, model="toy")[0], path)
+    for pair in (read or {}).values():
+        assert torch.isfinite(pair.down).all()
+        assert torch.isfinite(pair.up).all()
+
+
+@fuzzed(30, 1000)
+def TestWords(data: st.DataObject, files: Files) -> None:
+    path = files.folder / "mutant.safetensors"
+    path.write_bytes(data.draw(safetensors_mutants(files.words)))
+    words = unless_refused(read_textual_inversion, path) or {}
+    assert all(torch.isfinite(vectors).all() for each in words.values() for vectors in each.values())
+
+
+@fuzzed(30, 1000)
+def TestInspection(data: st.DataObject, files: Files) -> None:
+    """`ldmkit inspect` says what a file is, or that it is nothing known."""
+    path = files.folder / "mutant.safetensors"
+    path.write_bytes(data.draw(safetensors_mutants(data.draw(st.sampled_from([files.lora, files.words, WHOLE])))))
+    unless_refused(inspect, path)
