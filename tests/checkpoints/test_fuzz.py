@@ -110,7 +110,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("fuzz"))
 
 
-@fuzzed(200, 8000)
+@fuzzed(120, 8000)
 def TestSafetensors(data: st.DataObject, files: Files) -> None:
     content = data.draw(safetensors_mutants(WHOLE))
     survives(files.folder / "mutant.safetensors", content, lambda path: SafetensorsFile(path).tensors())
