@@ -37,6 +37,7 @@ from ldmkit.prediction import Model, Prediction
 from ldmkit.runs import RunState, Trajectory, describe, rejoin, resumed
 from ldmkit.schedule import Schedule
 from ldmkit.tasks import Run, Task, like_weights, prepare_task
+from ldmkit.upscaling import Upscaling, prepare_upscaling
 
 C = TypeVar("C", bound=Config)
 
@@ -93,6 +94,7 @@ class Pipeline(Adaptable):
             values (with "kind": "flow" or "edm" for these).
         prediction: what the denoiser predicts: "epsilon", "v_prediction", "sample", "flow", or a `Prediction` or its config.
         defaults: values for arguments that calls leave out.
+        upscaling: for denoisers that are told a small picture, which is then the calls' `image`: an `Upscaling` or its values.
 
     Raises:
         UnknownPartError, ConfigError: for a name or config nobody knows.
@@ -110,6 +112,7 @@ class Pipeline(Adaptable):
         schedule: Schedule | Config | Mapping[str, Any] | None = None,
         prediction: Prediction | Prediction.Config | Mapping[str, Any] | str = "epsilon",
         defaults: Defaults | Mapping[str, Any] | None = None,
+        upscaling: Upscaling | Mapping[str, Any] | None = None,
     ) -> None:
         self.autoencoder: Autoencoder = _part("autoencoder", autoencoder, Autoencoder)
         self.denoiser: Denoiser = _part("denoiser", denoiser, Denoiser)
@@ -122,6 +125,7 @@ class Pipeline(Adaptable):
             prediction if isinstance(prediction, Prediction) else Prediction(_config(Prediction.Config, prediction))
         )
         self.defaults = _config(Defaults, defaults) or Defaults()
+        self.upscaling = _config(Upscaling, upscaling)
         self.accounting: Mapping[str, Accounting] = {}
         self._adapters = Adapters()
         self._progress: dict[str, Any] = {}
@@ -131,6 +135,8 @@ class Pipeline(Adaptable):
                 f"the denoiser predicts {predicted} channels and the autoencoder's latents have {latent}; they must "
                 "agree, or be twice as many where the prediction has the variance 'learned_range', and only there"
             )
+        if self.upscaling is not None:
+            self.upscaling.check(self.denoiser, self.autoencoder)
         self.eval()
 
     # ------------------------------------------------------------------------------------------------------------ housekeeping
@@ -202,6 +208,7 @@ class Pipeline(Adaptable):
             "sampler": self._sampler,
         }
         settings = {"schedule": self.schedule.config, "prediction": self.prediction.config, "defaults": self.defaults}
+        settings |= {} if self.upscaling is None else {"upscaling": self.upscaling}
         if format == "diffusers":
             return write_folder(Path(folder), parts, settings, max_shard_size=max_shard_size)
         if format != "ldmkit":
@@ -309,6 +316,7 @@ class Pipeline(Adaptable):
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
+        noise_level: int | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -357,8 +365,11 @@ class Pipeline(Adaptable):
         Args:
             prompt: what to draw; one picture (times `num_images_per_prompt`) for each. `And(...)` joins several in one.
             class_labels: instead of a prompt, for class-conditional models.
-            image: start from this picture (image-to-image), or, with `mask_image`, repaint it where the mask is white.
+            image: start from this picture (image-to-image), or, with `mask_image`, repaint it where the mask is white. Of an
+                upscaler: the small picture.
             strength: how much of the noise schedule an image goes through, in [0, 1]; 0.8 if not given, 1 with a mask.
+            noise_level: of upscalers that noise the small picture: how much, as a time of its schedule. More hides its flaws,
+                and is less true to it.
             height, width: in pixels; the pipeline's defaults, or the image's size. PIL images and masks are resized to them.
             timesteps, sigmas: visit these instead of the sampler's own; falling. sigmas are sigma / alpha, the last included.
             guidance_scale: classifier-free guidance; up to 1 it is off, as in diffusers. A denoiser that is told the scale
@@ -441,8 +452,10 @@ class Pipeline(Adaptable):
         negative = arguments.refused(
             self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance, away_options
         )
-        spatial = self.denoiser.in_channels > self.autoencoder.latent_channels and image is not None
-        extra = {"spatial_BCHW": spatial, "guidance_B": guidance.told is not None}
+        told = image is not None or self.upscaling is not None
+        spatial = self.denoiser.in_channels > self.autoencoder.latent_channels and told
+        noised = self.upscaling is not None and self.upscaling.noise is not None
+        extra = {"spatial_BCHW": spatial, "guidance_B": guidance.told is not None, "labels_B": noised}
         for on in (positive, negative):  # what does not fit is said before anything is encoded
             arguments.check_fits(
                 self.denoiser, self.conditioner, on, frozenset(name for name, is_set in extra.items() if is_set)
@@ -462,15 +475,24 @@ class Pipeline(Adaptable):
         )
         dtype = torch.promote_types(self.dtype, torch.float32)
         run = Run(self.autoencoder, self.denoiser, sampler, levels, count, noise, self.device, dtype)
-        task = prepare_task(
-            run,
-            image=image,
-            mask_image=mask_image,
-            strength=arguments.plain(strength),
-            size=(arguments.plain(height), arguments.plain(width)),
-            default_size=(given.height, given.width),
-            latents=latents,
-        )
+        size, noise_level = (arguments.plain(height), arguments.plain(width)), arguments.plain(noise_level)
+        if self.upscaling is not None:
+            others = {"mask_image": mask_image, "strength": strength}
+            task = prepare_upscaling(
+                self.upscaling, run, image=image, noise_level=noise_level, size=size, latents=latents, others=others
+            )
+        elif noise_level is not None:
+            raise InputError(f"noise_level = {noise_level!r} was given, but this pipeline is no upscaler; leave it out")
+        else:
+            task = prepare_task(
+                run,
+                image=image,
+                mask_image=mask_image,
+                strength=arguments.plain(strength),
+                size=size,
+                default_size=(given.height, given.width),
+                latents=latents,
+            )
 
         if arguments.takes(self.conditioner, "image_size"):
             height_width = tuple(side * self.autoencoder.downscale for side in task.noise.shape[2:])

@@ -29,6 +29,7 @@ class Task:
         start: final latents to begin from, or None for pure noise.
         keep: final latents of the picture to keep, and `mask` (B, 1, H, W), 1 = repaint: blended after each step.
         spatial: channels to concatenate.
+        labels: class labels (B,) that the task tells.
     """
 
     levels: Levels
@@ -37,12 +38,11 @@ class Task:
     keep: Tensor | None = None
     mask: Tensor | None = None
     spatial: Tensor | None = None
+    labels: Tensor | None = None
 
     def extend(self, condition: Condition) -> Condition:
-        """The condition with the task's own channels merged in."""
-        if self.spatial is None:
-            return condition
-        return condition.merge(Condition(spatial_BCHW=self.spatial))
+        """The condition with the task's own channels and labels merged in."""
+        return condition.merge(Condition(spatial_BCHW=self.spatial, labels_B=self.labels))
 
     def blend(self, state: SamplerState) -> SamplerState:
         """Put the kept part back, noised to the state's level with the run's first noise; clean after the last step."""
@@ -109,20 +109,22 @@ class Run:
         return latents.to(device=self.device, dtype=self.dtype)
 
     def encode(self, pixels: Tensor, *, draw: int) -> Tensor:
-        """Pictures => sampled latents, one per wanted picture.
-
-        Keyed noise gives every picture its own draw. A generator is asked for one draw per given image, as diffusers asks it.
-        """
+        """Pictures => sampled latents, one per wanted picture."""
         posterior = self.autoencoder.encode(like_weights(pixels.to(self.device), self.autoencoder))
         mode = posterior.mode()
         if not bool(torch.isfinite(mode).all()):
             raise NumericalError("the autoencoder produced NaN or infinite values at encoding the image (before step 1)")
-        one = isinstance(self.noise, GeneratorNoise) and isinstance(self.noise.generator, torch.Generator)
-        shape = (len(mode) if one else self.count, *mode.shape[1:])
-        noise = self.noise(shape, step=-1, draw=draw, dtype=mode.dtype).to(mode.device)
+        noise = self.noise_for(mode, draw=draw).to(mode.device)
         copies = len(noise) // len(mode)
         samples = torch.stack([posterior.sample(noise[k::copies]) for k in range(copies)], dim=1).flatten(0, 1)
         return self.per_picture(samples).to(device=self.device, dtype=self.dtype)
+
+    def noise_for(self, given: Tensor, *, draw: int) -> Tensor:
+        """Noise like what was given, for every picture to make; a generator is asked for one draw per given image, as diffusers
+        asks it."""
+        one = isinstance(self.noise, GeneratorNoise) and isinstance(self.noise.generator, torch.Generator)
+        shape = (len(given) if one else self.count, *given.shape[1:])
+        return self.noise(shape, step=-1, draw=draw, dtype=given.dtype)
 
     def per_picture(self, x: Tensor) -> Tensor:
         """Rows repeated (a, a, b, b) up to the number of pictures."""

@@ -17,7 +17,7 @@ from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
 from ldmkit.checkpoints.filling import DType, check_dtype
 from ldmkit.checkpoints.foreign import Written
 from ldmkit.checkpoints.keymap import KeyMap, Rule
-from ldmkit.checkpoints.schedulers import read_scheduler, write_scheduler
+from ldmkit.checkpoints.schedulers import read_betas, read_scheduler, write_betas, write_scheduler
 from ldmkit.checkpoints.weights import read_weights, write_weights
 from ldmkit.errors import CheckpointError, ConfigError, InputError, OutputError
 from ldmkit.interfaces import Part
@@ -32,13 +32,18 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 }
 """The components that make up our parts."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+LOW_RES = "low_res_scheduler"
+"""Of the x4 upscaler: the noise of the small picture."""
 SKIPPED = {
     "safety_checker": "it looks at finished pictures and has no part in making them",
     "feature_extractor": "it prepares pictures for the safety checker",
     "image_encoder": "it is for image prompts, which are no part of this pipeline",
     "watermark": "it marks finished pictures",
+    "watermarker": "it marks finished pictures",
 }
 """Components that are left out, and why."""
+UPSCALER_DEFAULTS = {"guidance_scale": 9.0, "num_inference_steps": 75}
+"""Of diffusers' x4 upscaler."""
 IGNORED = {r"(.*\.)?position_ids$": "a constant, 0 to 76, that old versions stored"}
 WEIGHT_FILES = tuple(f"{stem}{end}" for stem in STEMS for end in (".safetensors.index.json", ".safetensors", "-*.safetensors"))
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -87,6 +92,11 @@ def read_folder(
         arguments |= read_scheduler(read_object(folder / "scheduler" / "scheduler_config.json"))
     unet = read_object(folder / "unet" / "config.json") if "unet" in present else {}
     arguments["defaults"] = _defaults(unet, arguments.get("autoencoder"))
+    if LOW_RES in present and not {LOW_RES, "upscaling"} & set(without):
+        schedule = read_betas(read_object(folder / LOW_RES / "scheduler_config.json"))
+        noise = {"schedule": schedule, "max_level": read_object(folder / INDEX).get("max_noise_level", 350)}
+        arguments["upscaling"] = {"noise": noise}
+        arguments["defaults"] |= UPSCALER_DEFAULTS
     return arguments
 
 
@@ -98,7 +108,7 @@ def components(folder: Path, without: Collection[str]) -> dict[str, str]:
         for name, value in index.items()
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value != [None, None]
     }
-    wanted = {name for names in COMPONENTS.values() for name in names} | {*TOKENIZERS, "scheduler"}
+    wanted = {name for names in COMPONENTS.values() for name in names} | {*TOKENIZERS, "scheduler", LOW_RES}
     unknown = [name for name in given if name not in wanted | SKIPPED.keys() | set(without)]
     if unknown:
         raise ConfigError(
@@ -175,7 +185,8 @@ def write_folder(
         if not hasattr(part, "to_diffusers"):
             raise ConfigError(f"the {kind} {type(part).__name__} has no counterpart in diffusers; save in our own format")
         written |= {name: (component, part) for name, component in part.to_diffusers().items()}
-    scheduler, pipeline_class = _scheduler(parts["sampler"], settings), _pipeline_class(parts, written)
+    low_res = settings["upscaling"].to_dict()["noise"] if "upscaling" in settings else None
+    scheduler, pipeline_class = _scheduler(parts["sampler"], settings), _pipeline_class(parts, written, low_res is not None)
     height, downscale = settings["defaults"].height, getattr(parts["autoencoder"], "downscale", 1)
     sample_size = None if height is None else height // downscale
     with atomic_folder(folder, stale=WEIGHT_FILES) as temporary:
@@ -184,10 +195,16 @@ def write_folder(
             _write_component(temporary / name, component, part, max_shard_size, sample_size)
         (temporary / "scheduler").mkdir()
         write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        if low_res is not None:
+            (temporary / LOW_RES).mkdir()
+            write_json(temporary / LOW_RES / "scheduler_config.json", write_betas(low_res["schedule"]))
         index: dict[str, Any] = {"_class_name": pipeline_class, "_diffusers_version": "0.35.0"}
         index |= {name: [component.library, component.class_name] for name, (component, _) in written.items()}
         index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-        if "text_encoder" in written and "text_encoder_2" not in written:
+        if low_res is not None:
+            index |= {LOW_RES: ["diffusers", "DDPMScheduler"], "max_noise_level": low_res["max_level"]}
+            index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "watermarker")}
+        elif "text_encoder" in written and "text_encoder_2" not in written:
             index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
         write_json(temporary / INDEX, index)
     return folder
@@ -222,21 +239,26 @@ def _write_component(folder: Path, component: Written, part: Any, limit: int | N
     write_weights(folder, component.names.restore(own), max_shard_size=limit, stem=STEMS[component.library == "transformers"])
 
 
-def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any]) -> str:
-    """The pipeline of diffusers that serves these components. Raises: InputError where there is none."""
+def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised: bool) -> str:
+    """The pipeline of diffusers that serves these components. Raises: InputError where there is none.
+
+    Args:
+        noised: whether it upscales, and noises the small picture.
+    """
     encoders = tuple(name for name in COMPONENTS["conditioner"] if name in written)
     extra = getattr(parts["denoiser"].config, "spatial_channels", 0)
     known = {
-        (("text_encoder",), 0): "StableDiffusionPipeline",
-        (("text_encoder",), 5): "StableDiffusionInpaintPipeline",
-        (("text_encoder",), 3): "StableDiffusionUpscalePipeline",
-        (("text_encoder", "text_encoder_2"), 0): "StableDiffusionXLPipeline",
-        (("text_encoder", "text_encoder_2"), 5): "StableDiffusionXLInpaintPipeline",
-        (("text_encoder_2",), 0): "StableDiffusionXLImg2ImgPipeline",
+        (("text_encoder",), 0, False): "StableDiffusionPipeline",
+        (("text_encoder",), 5, False): "StableDiffusionInpaintPipeline",
+        (("text_encoder",), 3, True): "StableDiffusionUpscalePipeline",
+        (("text_encoder", "text_encoder_2"), 0, False): "StableDiffusionXLPipeline",
+        (("text_encoder", "text_encoder_2"), 5, False): "StableDiffusionXLInpaintPipeline",
+        (("text_encoder_2",), 0, False): "StableDiffusionXLImg2ImgPipeline",
     }
-    if (encoders, extra) not in known:
+    if (encoders, extra, noised) not in known:
+        upscaling = f" and upscaling {'with' if noised else 'without'} noise" if noised or extra == 3 else ""
         raise InputError(
-            f"diffusers has no pipeline for the text encoders {list(encoders)} and {extra} channels beside the latents; "
-            "save in our own format"
+            f"diffusers has no pipeline for the text encoders {list(encoders)}, {extra} channels beside the latents"
+            f"{upscaling}; save in our own format"
         )
-    return known[encoders, extra]
+    return known[encoders, extra, noised]

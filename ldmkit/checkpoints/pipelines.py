@@ -23,6 +23,8 @@ from ldmkit.plugin.registry import registry
 FORMAT = 1
 INDEX = "pipeline.json"
 MODULES = ("autoencoder", "denoiser", "conditioner")
+OPTIONAL = ("upscaling",)
+"""Settings that only some pipelines have."""
 PROVIDERS = "providers"
 """Where the index says which distribution and version provided the parts that have no folder of their own."""
 
@@ -126,6 +128,7 @@ def read_pipeline(
                 f"{folder / INDEX} has format {index['format']}; this ldmkit reads up to {FORMAT}: upgrade it"
             )
         arguments: dict[str, Any] = {key: index[key] for key in ("sampler", "schedule", "prediction", "defaults")}
+        arguments |= {key: index[key] for key in OPTIONAL if key in index}
         present = {kind: index["parts"][kind] is not None for kind in MODULES}
     except (KeyError, TypeError) as error:
         raise CheckpointError(

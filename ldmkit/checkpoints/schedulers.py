@@ -18,6 +18,7 @@ from ldmkit.checkpoints.scheduler_classes import (
 )
 from ldmkit.errors import ConfigError
 
+_BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 _LEARNED = "learned_range"
 _WAY_OUT = "Load with sampler=, schedule= and prediction= to replace it"
 
@@ -131,6 +132,27 @@ _WRITTEN_EDM: Mapping[str, _Counterpart] = {
     "dpm++-3m": _as("EDMDPMSolverMultistepScheduler", *_ENDING, **{**_PLUS, "solver_order": 3}),
     "dpm++-2m-sde": _as("EDMDPMSolverMultistepScheduler", *_ENDING, **_STOCHASTIC),
 }
+
+
+def read_betas(values: Mapping[str, Any]) -> Values:
+    """The betas of a `scheduler_config.json`, of which nothing else is used: diffusers' `low_res_scheduler`.
+
+    Raises:
+        ConfigError: for betas that cannot be served.
+    """
+    betas = {key: values.get(key, BETAS[key]) for key in _BETA_KEYS}
+    served = ONLY["beta_schedule"]
+    if values.get("trained_betas") is not None or betas["beta_schedule"] not in served:
+        raise ConfigError(
+            f"diffusers scheduler {values.get('_class_name')}: beta_schedule = {betas['beta_schedule']!r}, trained_betas = "
+            f"{values.get('trained_betas')!r} (only {', '.join(served)} and None can be served)"
+        )
+    return betas
+
+
+def write_betas(schedule: Values) -> Values:
+    """The `scheduler_config.json` of a scheduler that only adds noise."""
+    return {"_class_name": "DDPMScheduler", **{key: schedule[key] for key in _BETA_KEYS}}
 
 
 def write_scheduler(name: str, config: Values, defaults: Values, schedule: Values, prediction: Values) -> Values:

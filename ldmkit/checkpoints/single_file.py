@@ -16,6 +16,7 @@ from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.assembling import Source, UnexpectedKeysWarning, assemble
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.filling import DType, check_dtype
+from ldmkit.checkpoints.folders import UPSCALER_DEFAULTS
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
 from ldmkit.checkpoints.recognise import IGNORED, UNET, VAE, Found, recognise
 from ldmkit.checkpoints.schedulers import read_scheduler
@@ -27,7 +28,10 @@ KINDS = {"unet": "denoiser", "vae": "autoencoder"}
 """The part that a component belongs to; all others are the conditioner's."""
 PLACES = {"unet": (f"{UNET}.",), "vae": (f"{VAE}.",)}
 TEXTS = ("cond_stage_model.", "conditioner.")
-SCHEDULE = {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+BETAS: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+UPSCALER_BETAS: Mapping[str, Any] = {**BETAS, "beta_start": 0.0001, "beta_end": 0.02}
+"""Of its latents and of the small picture, by its published configuration."""
+SCHEDULE: Mapping[str, Any] = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 
 
 def read_single_file(
@@ -170,6 +174,14 @@ def _settings(
     prediction = given.get("prediction", read["prediction"]["type"])
     size = {"xl": 1024, "sd1": 512, "x4": None, "ldm": 256}.get(family, 768 if prediction == "v_prediction" else 512)
     read["defaults"] = {"height": size, "width": size, "guidance_scale": 5.0 if family == "xl" else 7.5}
+    if family == "x4":
+        read["defaults"] |= UPSCALER_DEFAULTS
+    if family == "x4" and "upscaling" not in given:
+        stored = tensors.get("low_scale_model.betas")
+        betas = UPSCALER_BETAS if stored is None else _line(stored)
+        if betas is None:
+            raise ConfigError(f"{path}: low_scale_model.betas follow no schedule that is known here; pass upscaling=...")
+        read["upscaling"] = {"noise": {"schedule": betas}}
     return read
 
 
@@ -194,17 +206,25 @@ def _schedule(family: str, tensors: Mapping[str, Tensor], given: Mapping[str, An
                 f"{path} holds no betas, and latent-diffusion models differ in theirs: pass schedule={{'beta_start': ..., "
                 "'beta_end': ..., 'beta_schedule': ...}} (0.0015, 0.0195 and 'scaled_linear' for most)"
             )
-        return {**SCHEDULE, **marked, "beta_start": 0.00085, "beta_end": 0.012}
+        return {**SCHEDULE, **marked, **(UPSCALER_BETAS if family == "x4" else BETAS)}
+    betas = _line(stored)
+    if betas is not None:
+        return {**SCHEDULE, **marked, **betas}
+    if "schedule" in given:
+        return {}
+    raise ConfigError(f"{path}: its betas follow neither a linear nor a scaled linear schedule; pass schedule=...")
+
+
+def _line(stored: Tensor) -> dict[str, Any] | None:
+    """The settings that betas were made by; None for those of neither a linear nor a scaled linear schedule."""
     betas = stored.double().numpy()
     steps = len(betas) if betas.ndim == 1 else 0
     for name, power in (("scaled_linear", 0.5), ("linear", 1.0)):
         line = np.linspace(betas[0] ** power, betas[-1] ** power, steps) ** (1 / power) if steps > 1 and betas[0] > 0 else None
         if line is not None and np.allclose(line, betas, rtol=1e-5, atol=0):  # float32 roundings of the same line
             ends = {"beta_start": _short(betas[0]), "beta_end": _short(betas[-1])}
-            return {**SCHEDULE, **marked, **ends, "beta_schedule": name, "num_train_timesteps": steps}
-    if "schedule" in given:
-        return {}
-    raise ConfigError(f"{path}: its betas follow neither a linear nor a scaled linear schedule; pass schedule=...")
+            return {**ends, "beta_schedule": name, "num_train_timesteps": steps}
+    return None
 
 
 def _short(value: float) -> float:

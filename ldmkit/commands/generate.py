@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ldmkit.pipeline import Pipeline
 
 CHUNK = "ldmkit"
-SETTINGS = ("model", "sampler", "steps", "guidance", "negative", "height", "width", "image", "mask", "strength", "dtype")
+SETTINGS = (
+    "model", "sampler", "steps", "guidance", "negative", "height", "width", "image", "mask", "strength", "noise_level", "dtype",
+)  # fmt: skip
 """Options that decide a picture, beside its prompt, seed and number."""
 
 
@@ -36,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", type=int, default=1, metavar="N", help="pictures per prompt")
     parser.add_argument("--height", type=int, help="in pixels")
     parser.add_argument("--width", type=int, help="in pixels")
-    parser.add_argument("--image", metavar="FILE", help="start from this picture")
+    parser.add_argument("--image", metavar="FILE", help="start from this picture, or upscale it (by the model)")
     parser.add_argument("--strength", type=float, help="how far to go from --image, 0 to 1")
+    parser.add_argument("--noise-level", type=int, metavar="N", help="of upscalers: how much noise hides --image's flaws")
     parser.add_argument("--mask", metavar="FILE", help="repaint --image where this picture is white")
     parser.add_argument("--like", metavar="PICTURE.png", help="draw again what drew this picture; other options change it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
@@ -131,7 +134,7 @@ def _pipeline(settings: dict[str, Any], device: str) -> Pipeline:
 def _call_options(settings: dict[str, Any]) -> dict[str, Any]:
     names = {
         "steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt", "height": "height",
-        "width": "width", "strength": "strength",
+        "width": "width", "strength": "strength", "noise_level": "noise_level",
     }  # fmt: skip
     options = {theirs: settings[ours] for ours, theirs in names.items() if settings[ours] is not None}
     for ours, theirs in (("image", "image"), ("mask", "mask_image")):
