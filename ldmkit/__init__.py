@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from ldmkit.plugin.spec import hookimpl as hookimpl
     from ldmkit.prediction import Model as Model
     from ldmkit.prediction import Prediction as Prediction
+    from ldmkit.preview import Preview as Preview
+    from ldmkit.preview import load_decoder as load_decoder
     from ldmkit.runs import RunState as RunState
     from ldmkit.runs import Trajectory as Trajectory
     from ldmkit.schedule import NoiseSchedule as NoiseSchedule
@@ -89,6 +91,7 @@ _HOMES = {
     "ldmkit.plugin.registry": "available build part_class registry",
     "ldmkit.plugin.spec": "Component Kernel hookimpl",
     "ldmkit.prediction": "Model Prediction",
+    "ldmkit.preview": "Preview load_decoder",
     "ldmkit.runs": "RunState Trajectory",
     "ldmkit.schedule": "NoiseSchedule Schedule",
     "ldmkit.spacing": "spaced_ratios",

@@ -66,9 +66,12 @@ class Asked:
         return Condition() if conditioner is None or self.inputs is None else conditioner(self.inputs, **options)
 
 
-def asked(conditioner: Conditioner | None, prompt: Any, labels: Any, embeds: Any, options: Mapping[str, Any]) -> Asked:
+def asked(
+    conditioner: Conditioner | None, prompt: Any, labels: Any, pictures: Any, embeds: Any, options: Mapping[str, Any]
+) -> Asked:
     """What to draw. `options` are the conditioner's. Raises: InputError, InputTypeError."""
-    given = [name for name, v in (("prompt", prompt), ("class_labels", labels), ("prompt_embeds", embeds)) if v is not None]
+    told = {"prompt": prompt, "class_labels": labels, "image_prompt": pictures, "prompt_embeds": embeds}
+    given = [name for name, value in told.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were both given; give one of them")
     if embeds is not None:
@@ -79,11 +82,14 @@ def asked(conditioner: Conditioner | None, prompt: Any, labels: Any, embeds: Any
             raise InputError(f"{given[0]} was given, but this pipeline has no conditioner: it is unconditional")
         return Asked(inputs=[None])
     if not given:
-        raise InputError("nothing to draw was given: pass prompt=, class_labels= or prompt_embeds=")
+        raise InputError("nothing to draw was given: pass prompt=, class_labels=, image_prompt= or prompt_embeds=")
     if prompt is not None:
         inputs = _texts("prompt", prompt)
         if options.get("prompt_syntax") == "weighted":
             inputs = [And.parse(text) if isinstance(text, str) else text for text in inputs]
+    elif pictures is not None:
+        several = isinstance(pictures, list | tuple) or getattr(pictures, "ndim", 3) == 4
+        inputs = list(pictures) if several else [pictures]
     else:
         labels = plain(labels)
         inputs = list(labels) if isinstance(labels, Sequence) and not isinstance(labels, str) else [labels]

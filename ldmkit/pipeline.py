@@ -36,6 +36,7 @@ from ldmkit.plugin.registry import build, registry
 from ldmkit.prediction import Model, Prediction
 from ldmkit.runs import RunState, Trajectory, describe, rejoin, resumed
 from ldmkit.schedule import Schedule
+from ldmkit.stages import ended, go_on, steps_before
 from ldmkit.tasks import Run, Task, like_weights, prepare_task
 from ldmkit.upscaling import Upscaling, prepare_upscaling
 
@@ -313,6 +314,7 @@ class Pipeline(Adaptable):
         prompt: str | And | Sequence[str | And] | None = None,
         *,
         class_labels: int | str | And | Sequence[int | str | And] | None = None,
+        image_prompt: Any = None,
         image: Any = None,
         mask_image: Any = None,
         strength: float | None = None,
@@ -322,6 +324,8 @@ class Pipeline(Adaptable):
         num_inference_steps: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -365,6 +369,7 @@ class Pipeline(Adaptable):
         Args:
             prompt: what to draw; one picture (times `num_images_per_prompt`) for each. `And(...)` joins several in one.
             class_labels: instead of a prompt, for class-conditional models.
+            image_prompt: instead of a prompt, a picture or several, for conditioners that take pictures (`clip-image`).
             image: start from this picture (image-to-image), or, with `mask_image`, repaint it where the mask is white. Of an
                 upscaler: the small picture.
             strength: how much of the noise schedule an image goes through, in [0, 1]; 0.8 if not given, 1 with a mask.
@@ -372,6 +377,9 @@ class Pipeline(Adaptable):
                 and is less true to it.
             height, width: in pixels; the pipeline's defaults, or the image's size. PIL images and masks are resized to them.
             timesteps, sigmas: visit these instead of the sampler's own; falling. sigmas are sigma / alpha, the last included.
+            denoising_end: end after this share of the training's times, between 0 and 1. output_type="latent" then gives the
+                latents as they are there, still noisy; pictures are decoded from the estimate.
+            denoising_start: go on from there with `image` = these latents, maybe by another model (SDXL's refiner).
             guidance_scale: classifier-free guidance; up to 1 it is off, as in diffusers. A denoiser that is told the scale
                 makes one pass.
             guidance_rescale: Lin et al. 2024, eq. 15-16; in [0, 1].
@@ -448,7 +456,7 @@ class Pipeline(Adaptable):
             target_size=negative_target_size,
             aesthetic_score=negative_aesthetic_score,
         )
-        positive = arguments.asked(self.conditioner, prompt, class_labels, prompt_embeds, options)
+        positive = arguments.asked(self.conditioner, prompt, class_labels, image_prompt, prompt_embeds, options)
         negative = arguments.refused(
             self.conditioner, negative_prompt, negative_prompt_embeds, positive, guidance, away_options
         )
@@ -475,25 +483,17 @@ class Pipeline(Adaptable):
         )
         dtype = torch.promote_types(self.dtype, torch.float32)
         run = Run(self.autoencoder, self.denoiser, sampler, levels, count, noise, self.device, dtype)
-        size, noise_level = (arguments.plain(height), arguments.plain(width)), arguments.plain(noise_level)
-        if self.upscaling is not None:
-            others = {"mask_image": mask_image, "strength": strength}
-            task = prepare_upscaling(
-                self.upscaling, run, image=image, noise_level=noise_level, size=size, latents=latents, others=others
-            )
-        elif noise_level is not None:
-            raise InputError(f"noise_level = {noise_level!r} was given, but this pipeline is no upscaler; leave it out")
-        else:
-            task = prepare_task(
-                run,
-                image=image,
-                mask_image=mask_image,
-                strength=arguments.plain(strength),
-                size=size,
-                default_size=(given.height, given.width),
-                latents=latents,
-            )
-
+        task = self._task(
+            run,
+            image=image,
+            mask_image=mask_image,
+            strength=arguments.plain(strength),
+            size=(arguments.plain(height), arguments.plain(width)),
+            latents=latents,
+            noise_level=arguments.plain(noise_level),
+            start=arguments.plain(denoising_start),
+            end=arguments.plain(denoising_end),
+        )
         if arguments.takes(self.conditioner, "image_size"):
             height_width = tuple(side * self.autoencoder.downscale for side in task.noise.shape[2:])
             options, away_options = ({"image_size": height_width, **told} for told in (options, away_options))
@@ -515,12 +515,15 @@ class Pipeline(Adaptable):
             else None
         )
         guided = partial(guidance.closure, model, [conditioned(term, options) for term in terms], weights, away)
-        state = sampler.init(task.noise, task.levels, start=task.start)
+        state = task.begin(sampler)
         state = state if earlier is None else rejoin(earlier, state)
+        if state.step >= task.steps:
+            raise InputError(f"the run to resume has taken {state.step} steps, and denoising_end ends it after {task.steps}")
         begun = RunState(state, task.levels, used_seed, first_image, describe(sampler))
         states = self._run(sampler, guided(), begun, task, noise, callback_on_step_end, progress, keep=return_trajectory)
         state = states[-1]
-        images: Any = state.x if state.done else cast(Tensor, state.denoised)
+        handed_on = output_type == "latent" and task.until == state.step  # to a next stage, noisy as they are
+        images: Any = state.x if state.done or handed_on else cast(Tensor, state.denoised)
         if output_type != "latent":
             pixels = self.autoencoder.decode(like_weights(images, self.autoencoder))
             _finite(pixels, "the autoencoder", "decoding")
@@ -528,6 +531,40 @@ class Pipeline(Adaptable):
         left = dataclasses.replace(begun, state=dataclasses.replace(state, drawn=(), laws=()))
         way = Trajectory(tuple(states), sampler, guided) if return_trajectory else None
         return PipelineOutput(images=images, seed=used_seed, state=left, trajectory=way)
+
+    def _task(
+        self,
+        run: Run,
+        *,
+        image: Any,
+        mask_image: Any,
+        strength: Any,
+        size: tuple[Any, Any],
+        latents: Any,
+        noise_level: Any,
+        start: Any,
+        end: Any,
+    ) -> Task:
+        """What the call asks for: upscaling, the second stage of a run, or what `prepare_task` knows; ended early if told."""
+        skipped, until = (
+            steps_before(name, share, run, self.schedule)
+            for name, share in (("denoising_start", start), ("denoising_end", end))
+        )
+        others = {"mask_image": mask_image, "strength": strength}
+        if self.upscaling is not None:
+            others["denoising_start"] = start
+            task = prepare_upscaling(
+                self.upscaling, run, image=image, noise_level=noise_level, size=size, latents=latents, others=others
+            )
+        elif noise_level is not None:
+            raise InputError(f"noise_level = {noise_level!r} was given, but this pipeline is no upscaler; leave it out")
+        elif skipped is not None:
+            others |= {"latents": latents, "height": size[0], "width": size[1]}
+            task = go_on(run, skipped, image=image, others=others)
+        else:
+            default_size = (self.defaults.height, self.defaults.width)
+            task = prepare_task(run, **others, image=image, size=size, default_size=default_size, latents=latents)
+        return ended(task, run.levels, until)
 
     def run_task(self, name: str, /, *args: Any, **kwargs: Any) -> PipelineOutput:
         """What a plugin does with a pipeline beside drawing, by name; see `ldmkit_tasks` in `ldmkit.plugin.spec`.
@@ -550,19 +587,19 @@ class Pipeline(Adaptable):
         *,
         keep: bool,
     ) -> list[SamplerState]:
-        """The sampling loop: step, blend (inpainting), check, call back, until the last level or a callback's word.
+        """The sampling loop: step, blend (inpainting), check, call back, until the task's end or a callback's word.
 
         Returns:
             The last state, or with `keep` all of them.
         """
         state = begun.state
         first, states, stop = state.step, [state], False
-        options = {"total": state.levels.num_steps, "initial": first, "unit": "step", **self._progress}
+        options = {"total": task.steps, "initial": first, "unit": "step", **self._progress}
         if progress is not None:
             options["disable"] = not progress
         healthy: list[Tensor] = []
         with tqdm(**options) as bar:
-            while not (state.done or stop):
+            while not (state.done or stop or state.step == task.until):
                 step, level = state.step, state.level
                 state = sampler.step(denoise, state, StepNoise(noise, step, state.x))
                 state = task.blend(state)

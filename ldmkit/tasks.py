@@ -26,23 +26,38 @@ class Task:
     Attributes:
         levels: the levels to go through.
         noise: standard normal, (B, C, H, W).
+        handed_over: `noise` is none, but the latents that an earlier stage left at the first level.
         start: final latents to begin from, or None for pure noise.
         keep: final latents of the picture to keep, and `mask` (B, 1, H, W), 1 = repaint: blended after each step.
         spatial: channels to concatenate.
         labels: class labels (B,) that the task tells.
+        until: steps to take; None = all.
     """
 
     levels: Levels
     noise: Tensor
     start: Tensor | None = None
+    handed_over: bool = False
     keep: Tensor | None = None
     mask: Tensor | None = None
     spatial: Tensor | None = None
     labels: Tensor | None = None
+    until: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many to take."""
+        return self.levels.num_steps if self.until is None else self.until
 
     def extend(self, condition: Condition) -> Condition:
         """The condition with the task's own channels and labels merged in."""
         return condition.merge(Condition(spatial_BCHW=self.spatial, labels_B=self.labels))
+
+    def begin(self, sampler: Sampler) -> SamplerState:
+        """The state before the first step."""
+        if self.handed_over:
+            return SamplerState(x=self.noise, levels=self.levels)
+        return sampler.init(self.noise, self.levels, start=self.start)
 
     def blend(self, state: SamplerState) -> SamplerState:
         """Put the kept part back, noised to the state's level with the run's first noise; clean after the last step."""

@@ -130,6 +130,13 @@ def clip_map(*, nested: bool = True) -> KeyMap:
     return (inner.prefixed("text_model") if nested else inner) + KeyMap([Rule("text_projection", "text_projection")])
 
 
+def clip_vision_map() -> KeyMap:
+    """Hugging Face's CLIP image encoder <-> without `vision_model.`"""
+    names = ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+    body = KeyMap(Rule(name, name) for name in names).prefixed("vision_model")
+    return body + KeyMap([Rule("visual_projection", "visual_projection")])
+
+
 def open_clip_map(*, layers: int) -> KeyMap:
     """OpenCLIP's text encoder <-> Hugging Face's CLIP text encoder without `text_model.`"""
 

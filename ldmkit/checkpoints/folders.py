@@ -28,16 +28,17 @@ STEMS = ("diffusion_pytorch_model", "model")
 COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "denoiser": ("unet",),
     "autoencoder": ("vae", "vqvae"),
-    "conditioner": ("text_encoder", "text_encoder_2", "bert"),
+    "conditioner": ("text_encoder", "text_encoder_2", "bert", "image_encoder"),
 }
 """The components that make up our parts."""
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "feature_extractor")
+"""Folders without weights that a conditioner reads."""
 LOW_RES = "low_res_scheduler"
 """Of the x4 upscaler: the noise of the small picture."""
 SKIPPED = {
     "safety_checker": "it looks at finished pictures and has no part in making them",
     "feature_extractor": "it prepares pictures for the safety checker",
-    "image_encoder": "it is for image prompts, which are no part of this pipeline",
+    "image_encoder": "beside a text encoder, it is for image prompts, which are no part of this pipeline",
     "watermark": "it marks finished pictures",
     "watermarker": "it marks finished pictures",
 }
@@ -109,6 +110,8 @@ def components(folder: Path, without: Collection[str]) -> dict[str, str]:
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value != [None, None]
     }
     wanted = {name for names in COMPONENTS.values() for name in names} | {*TOKENIZERS, "scheduler", LOW_RES}
+    if "image_encoder" not in given or {"text_encoder", "text_encoder_2"} & given.keys():
+        wanted -= {"image_encoder", "feature_extractor"}
     unknown = [name for name in given if name not in wanted | SKIPPED.keys() | set(without)]
     if unknown:
         raise ConfigError(
@@ -204,8 +207,9 @@ def write_folder(
         if low_res is not None:
             index |= {LOW_RES: ["diffusers", "DDPMScheduler"], "max_noise_level": low_res["max_level"]}
             index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "watermarker")}
-        elif "text_encoder" in written and "text_encoder_2" not in written:
-            index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        elif {"text_encoder", "image_encoder"} & written.keys() and "text_encoder_2" not in written:
+            nothing = {name: [None, None] for name in ("safety_checker", "feature_extractor") if name not in written}
+            index |= {**nothing, "requires_safety_checker": False}
         write_json(temporary / INDEX, index)
     return folder
 
@@ -254,11 +258,12 @@ def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised
         (("text_encoder", "text_encoder_2"), 0, False): "StableDiffusionXLPipeline",
         (("text_encoder", "text_encoder_2"), 5, False): "StableDiffusionXLInpaintPipeline",
         (("text_encoder_2",), 0, False): "StableDiffusionXLImg2ImgPipeline",
+        (("image_encoder",), 0, False): "StableDiffusionImageVariationPipeline",
     }
     if (encoders, extra, noised) not in known:
         upscaling = f" and upscaling {'with' if noised else 'without'} noise" if noised or extra == 3 else ""
         raise InputError(
-            f"diffusers has no pipeline for the text encoders {list(encoders)}, {extra} channels beside the latents"
+            f"diffusers has no pipeline for the encoders {list(encoders)}, {extra} channels beside the latents"
             f"{upscaling}; save in our own format"
         )
     return known[encoders, extra, noised]

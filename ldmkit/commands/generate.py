@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ldmkit.pipeline import Pipeline
+    from ldmkit.preview import Preview
 
 CHUNK = "ldmkit"
 SETTINGS = (
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures drawn at once at most (default: 8)")
     parser.add_argument("--grid", metavar="FILE.png", help="also write all pictures into one sheet with their prompts")
+    parser.add_argument("--preview", metavar="FILE.png", help="show the pictures as they emerge: written anew after each step")
+    parser.add_argument("--taesd", metavar="DIR", help="a small decoder for --preview, see load_decoder (default: the model's)")
     parser.add_argument(
         "-o", "--output", default="out", metavar="DIR|FILE.png", help="a folder, or a file for one picture (default: out)"
     )
@@ -72,8 +75,13 @@ def run(args: argparse.Namespace) -> int:
     targets = _targets(Path(args.output), prompts)
     if args.grid is not None:
         _check_png(Path(args.grid), "--grid")
+    if args.preview is not None:
+        _check_png(Path(args.preview), "--preview")
+    elif args.taesd is not None:
+        raise InputError(f"--taesd {args.taesd} is the decoder of --preview, which was not given; add it, or leave this out")
 
     pipe = _pipeline(settings, args.device)
+    preview = _preview(args, pipe)
     if seed is None:
         import secrets
 
@@ -83,8 +91,13 @@ def run(args: argparse.Namespace) -> int:
     for start in range(0, len(prompts), args.batch):
         batch = prompts[start : start + args.batch]
         drawn = pipe(
-            batch, seed=seed, first_image=first + start, progress=False if args.no_progress else None, **options
-        ).images  # fmt: skip
+            batch,
+            seed=seed,
+            first_image=first + start,
+            callback_on_step_end=preview,
+            progress=False if args.no_progress else None,
+            **options,
+        ).images
         for k, picture in enumerate(drawn, start=start):
             _write(picture, targets[k], _metadata(settings, prompts[k], seed, first + k, pipe))
             pictures.append(picture)
@@ -129,6 +142,18 @@ def _pipeline(settings: dict[str, Any], device: str) -> Pipeline:
     parts = {} if settings["sampler"] is None else {"sampler": settings["sampler"]}
     dtype = getattr(torch, settings["dtype"] or "float32")
     return Pipeline.from_pretrained(settings["model"] or "emoji", dtype=dtype, device=device, **parts)
+
+
+def _preview(args: argparse.Namespace, pipe: Pipeline) -> Preview | None:
+    """The callback of --preview, checked against the model before anything is drawn."""
+    from ldmkit.preview import Preview, load_decoder
+
+    if args.preview is None:
+        return None
+    decoder = None if args.taesd is None else load_decoder(args.taesd, dtype=pipe.dtype, device=args.device)
+    preview = Preview(args.preview, decoder=decoder)
+    preview.check(pipe)
+    return preview
 
 
 def _call_options(settings: dict[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,9 @@ class DPMAdaptiveSampler(DPMFamily):
         eta: float = Field(0.0, ge=0, le=1)
         s_noise: float = Field(1.0, ge=0)
 
-    facts = SamplerFacts(order=3, evaluations=3, stochastic=False, source="Lu et al. 2022, arXiv:2206.00927; k-diffusion")
+    facts = SamplerFacts(
+        order=3, evaluations=3, stochastic=False, source="Lu et al. 2022, arXiv:2206.00927; k-diffusion", stages=False
+    )
 
     def __init__(self, config: DPMAdaptiveSampler.Config) -> None:
         super().__init__(config)

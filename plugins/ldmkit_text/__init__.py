@@ -1,4 +1,4 @@
-"""Built-in conditioners: CLIP text, BERT trained with the denoiser, class labels."""
+"""Built-in conditioners: CLIP text and images, BERT trained with the denoiser, class labels."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,6 +35,13 @@ def ldmkit_components() -> Iterable[Component]:
         ),
         Component(
             kind="conditioner",
+            name="clip-image",
+            target="ldmkit_text.clip_image:CLIPImageConditioner",
+            summary="CLIP's image encoder: pictures as prompts, one projected embedding each (image variations).",
+            diffusers=("CLIPVisionModelWithProjection",),
+        ),
+        Component(
+            kind="conditioner",
             name="class-label",
             target="ldmkit_text.class_label:ClassLabelConditioner",
             summary="Class labels, as one learned token or as plain labels.",
@@ -46,10 +53,13 @@ def ldmkit_components() -> Iterable[Component]:
 @hookimpl
 def ldmkit_examples() -> Iterable[Example]:
     """Small encoders, for checks."""
+    from PIL import Image
+
     small = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     letters = {"vocab": str(EXAMPLES / "byte_pairs.txt.gz")}
     penultimate = {**small, "layer": "penultimate", "final_layer_norm": False}
     pooled = {**penultimate, "pooled": True, "projection_dim": 6}
+    pictures = {**small, "image_size": 14, "patch_size": 7, "projection_dim": 6}
     prompts = ("a red apple", "the cats", "", "apple on the red apple")
     return [
         Example(
@@ -75,6 +85,12 @@ def ldmkit_examples() -> Iterable[Example]:
                 {**letters, "second": pooled, "size_dim": 4, "zero_null": False},
             ),
             inputs=prompts,
+        ),
+        Example(
+            kind="conditioner",
+            name="clip-image",
+            configs=(pictures, {**pictures, "gives": "vector", "shortest_edge": 16}),
+            inputs=tuple(Image.new("RGB", (20, 30), colour) for colour in ("red", "green", "white")),
         ),
         Example(
             kind="conditioner",

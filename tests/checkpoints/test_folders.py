@@ -206,7 +206,7 @@ def test_what_diffusers_cannot_hold_is_said_before_writing(saved: Path, tmp_path
     with pytest.raises(ConfigError, match="no scheduler for the sampler 'restart'"):
         pipe.save_pretrained(tmp_path / "x", format="diffusers")
     pipe.sampler, pipe.conditioner = "euler", None
-    with pytest.raises(InputError, match="diffusers has no pipeline for the text encoders"):
+    with pytest.raises(InputError, match="diffusers has no pipeline for the encoders"):
         pipe.save_pretrained(tmp_path / "x", format="diffusers")
     with pytest.raises(InputError, match="format = 'onnx'"):
         pipe.save_pretrained(tmp_path / "x", format="onnx")  # type: ignore[arg-type]
