@@ -589,7 +589,7 @@ class SamplerFacts:
         image_to_image: whether it can start from an image.
         inpainting: whether the kept part of an image can be blended in after each step.
         resume: whether a run can go on from a saved state.
-        stages: whether a run can be handed over to another model at one of its levels.
+        stages: whether a run can be handed over to another model after any of its steps, which goes on without a history.
     """
 
     order: int | None

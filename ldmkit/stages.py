@@ -28,7 +28,9 @@ def steps_before(name: str, share: Any, run: Run, schedule: Schedule) -> int | N
         raise InputError(f"{name} = {share!r}: must be between 0 and 1, the share of the training's times before it")
     levels, facts = run.levels, run.sampler.facts
     if facts is not None and not facts.stages:
-        raise InputError(f"{name} = {share:g}: {type(run.sampler).__name__} chooses its own steps; take another sampler")
+        raise InputError(
+            f"{name} = {share:g}: {type(run.sampler).__name__} cannot hand over a run between its steps; take another"
+        )
     total = getattr(schedule.config, "num_train_timesteps", None)
     if total is None or levels.rising:
         raise InputError(f"{name} = {share:g} needs a run that falls through times of a training; leave it out")
@@ -48,18 +50,18 @@ def ended(task: Task, levels: Levels, until: int | None) -> Task:
     if until is None:
         return task
     steps = until - (levels.num_steps - task.levels.num_steps)
-    if steps < 1:
+    if steps <= task.taken:
         raise InputError(
             "denoising_end comes before the first step of this run; raise it, or lower denoising_start or strength"
         )
     return dataclasses.replace(task, until=steps)
 
 
-def go_on(run: Run, first: int, *, image: Any, others: dict[str, Any]) -> Task:
+def go_on(run: Run, taken: int, *, image: Any, others: dict[str, Any]) -> Task:
     """The rest of a run, from latents that an earlier stage left.
 
     Args:
-        first: steps that the earlier stage took.
+        taken: steps that the earlier stage took.
         image: its latents, (B, C, H, W), one or one per prompt.
         others: arguments of other tasks, by name.
 
@@ -88,4 +90,4 @@ def go_on(run: Run, first: int, *, image: Any, others: dict[str, Any]) -> Task:
     if bad := int((~torch.isfinite(image)).sum()):
         raise NumericalError(f"the given latents hold {bad} NaN or infinite values (before step 1)")
     latents = run.per_picture(image.to(device=run.device, dtype=run.dtype))
-    return Task(run.levels[first:], latents, handed_over=True)
+    return Task(run.levels, latents, taken=taken)

@@ -25,19 +25,19 @@ class Task:
 
     Attributes:
         levels: the levels to go through.
-        noise: standard normal, (B, C, H, W).
-        handed_over: `noise` is none, but the latents that an earlier stage left at the first level.
+        noise: standard normal, (B, C, H, W); or, where steps were taken before, the latents that they left.
+        taken: how many of the steps an earlier stage took.
         start: final latents to begin from, or None for pure noise.
         keep: final latents of the picture to keep, and `mask` (B, 1, H, W), 1 = repaint: blended after each step.
         spatial: channels to concatenate.
         labels: class labels (B,) that the task tells.
-        until: steps to take; None = all.
+        until: the step after which it ends; None = the last.
     """
 
     levels: Levels
     noise: Tensor
     start: Tensor | None = None
-    handed_over: bool = False
+    taken: int = 0
     keep: Tensor | None = None
     mask: Tensor | None = None
     spatial: Tensor | None = None
@@ -46,7 +46,7 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """How many to take."""
+        """Where it ends."""
         return self.levels.num_steps if self.until is None else self.until
 
     def extend(self, condition: Condition) -> Condition:
@@ -55,8 +55,8 @@ class Task:
 
     def begin(self, sampler: Sampler) -> SamplerState:
         """The state before the first step."""
-        if self.handed_over:
-            return SamplerState(x=self.noise, levels=self.levels)
+        if self.taken:
+            return SamplerState(x=self.noise, levels=self.levels, step=self.taken)
         return sampler.init(self.noise, self.levels, start=self.start)
 
     def blend(self, state: SamplerState) -> SamplerState:

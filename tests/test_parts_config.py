@@ -12,6 +12,7 @@ from ldmkit.errors import ConfigError
 from ldmkit.plugin.registry import registry
 from ldmkit.schedule import NoiseSchedule
 from ldmkit.testing.strategies import configs
+from ldmkit.upscaling import Upscaling
 
 
 def config_classes() -> dict[str, type[Config]]:
@@ -21,6 +22,7 @@ def config_classes() -> dict[str, type[Config]]:
         **{f"{kind}:{name}": part_class(kind, name).Config for kind, name in parts},
         "schedule": NoiseSchedule.Config,
         "prediction": Prediction.Config,
+        "upscaling": Upscaling,
     }
 
 

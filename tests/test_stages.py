@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldmkit import InputError, InputTypeError, NoiseSchedule, NumericalError, Pipeline
+from ldmkit import InputError, InputTypeError, NoiseSchedule, NumericalError, Pipeline, available, part_class
 from ldmkit.images import from_pixels
 from tests.checkpoint_peers import NEGATIVE, PROMPT
 from tests.checkpoints.test_sdxl import stable_diffusion_xl
@@ -91,9 +91,20 @@ def pipe(tmp_path: Path) -> Pipeline:
     return tiny_pipeline(tmp_path)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "heun"])
+STAGED = [name for name in available("sampler") if (facts := part_class("sampler", name).facts).stages and facts.from_noise]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_every_sampler_that_says_so_goes_on_without_a_history(pipe: Pipeline, name: str) -> None:
+    pipe.sampler = name
+    steps = {"prompt": "a pear", "seed": 3, "num_inference_steps": 6}
+    first = pipe(**steps, denoising_end=0.5, output_type="latent")
+    assert pipe(**steps, image=first.images, denoising_start=0.5, output_type="latent").images.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ddpm", "heun", "euler-ancestral"])
 def test_two_stages_are_one_run(pipe: Pipeline, sampler: str) -> None:
-    """Of methods without a memory; the tiny pipeline is both models."""
+    """Of methods without a memory, noise included; the tiny pipeline is both models."""
     pipe.sampler = sampler
     common = {"prompt": "a pear", "seed": 3, "num_inference_steps": 6, "output_type": "latent"}
     whole = pipe(**common).images
@@ -143,9 +154,10 @@ def test_refused_before_any_work(
 
 
 def test_samplers_and_models_that_cannot_be_handed_over(pipe: Pipeline, tmp_path: Path) -> None:
-    pipe.sampler = "dpm-adaptive"
-    with pytest.raises(InputError, match="DPMAdaptiveSampler chooses its own steps"):
-        pipe("a pear", denoising_end=0.5)
+    for name in ("dpm-adaptive", "dpm-singlestep"):
+        pipe.sampler = name
+        with pytest.raises(InputError, match="Sampler cannot hand over a run between its steps"):
+            pipe("a pear", denoising_end=0.5)
     with pytest.raises(InputError, match="takes 5 channels beside"):
         tiny_pipeline(tmp_path, spatial=5)("a pear", image=LATENTS, denoising_start=0.5)
     pipe.sampler = "ddim"

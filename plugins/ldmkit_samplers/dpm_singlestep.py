@@ -39,7 +39,7 @@ class DPMSinglestepSampler(DPMFamily):
         algorithm_type: Literal["dpmsolver++", "dpmsolver"] = "dpmsolver++"
         solver_type: Literal["midpoint", "heun"] = "midpoint"
 
-    facts = SamplerFacts(order=2, evaluations=1, stochastic=False, source="Lu et al. 2022, arXiv:2206.00927")
+    facts = SamplerFacts(order=2, evaluations=1, stochastic=False, source="Lu et al. 2022, arXiv:2206.00927", stages=False)
 
     def __init__(self, config: DPMSinglestepSampler.Config) -> None:
         super().__init__(config)
