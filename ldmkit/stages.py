@@ -34,7 +34,7 @@ def steps_before(name: str, share: Any, run: Run, schedule: Schedule) -> int | N
     total = getattr(schedule.config, "num_train_timesteps", None)
     if total is None or levels.rising:
         raise InputError(f"{name} = {share:g} needs a run that falls through times of a training; leave it out")
-    cut = round(total - share * total)
+    cut: int = round(total - share * total)
     steps = sum(level.t >= cut for level in levels[:-1])
     if not 0 < steps < levels.num_steps:
         which = "before" if name == "denoising_end" else "after"

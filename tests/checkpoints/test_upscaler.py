@@ -118,13 +118,15 @@ def test_the_folder_says_all(pipe: Pipeline, saved: Path, tmp_path: Path) -> Non
     assert pipe.upscaling.noise.max_level == 300
     assert (pipe.defaults.guidance_scale, pipe.defaults.num_inference_steps) == (9.0, 75)
     theirs = pipe.save_pretrained(tmp_path / "theirs", format="diffusers")
-    again = diffusers.StableDiffusionUpscalePipeline.from_pretrained(theirs)
+    before, again = (
+        diffusers.StableDiffusionUpscalePipeline.from_pretrained(folder, torch_dtype=torch.float64)
+        for folder in (saved, theirs)
+    )
     assert again.config.max_noise_level == 300
     assert {key: again.low_res_scheduler.config[key] for key in BETAS} == BETAS
-    before, after = diffusers.StableDiffusionUpscalePipeline.from_pretrained(saved), again
-    for each in (before, after):
+    for each in (before, again):
         each.set_progress_bar_config(disable=True)
-    assert torch.equal(drawn(after), drawn(before))
+    assert (drawn(again) - drawn(before)).abs().max() < 1e-12  # weights lie at other addresses, where products round otherwise
     for folder in (theirs, pipe.save_pretrained(tmp_path / "ours")):
         assert torch.equal(drawn(Pipeline.from_pretrained(folder, dtype=torch.float64)), drawn(pipe))
 
@@ -207,7 +209,7 @@ def test_from_the_command_line(saved: Path, tmp_path: Path) -> None:
 def test_refused_before_any_work(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], error: type, message: str
 ) -> None:
-    monkeypatch.setattr(pipe.conditioner, "forward", None)
+    monkeypatch.setattr("ldmkit.arguments.Asked.condition", None)
     with pytest.raises(error, match=message):
         pipe("a cat", **{"image": small(), **arguments})
 
