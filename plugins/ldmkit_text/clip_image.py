@@ -115,10 +115,13 @@ class CLIPImageConditioner(Conditioner):
         embeds_BC = weight.new_zeros(len(pictures), self.config.projection_dim)
         asked = [k for k, picture in enumerate(pictures) if picture is not None]
         if asked:
-            pixels = np.stack([self.prepare(picture) for picture in pictures if picture is not None])
-            made: Tensor = self._clip[0](pixel_values=torch.from_numpy(pixels).to(weight)).image_embeds
+            made: Tensor = self._clip[0](pixel_values=self._pixels(pictures).to(weight)).image_embeds
             embeds_BC = embeds_BC.index_copy(0, torch.tensor(asked, device=weight.device), made)
         return Condition(tokens_BLC=embeds_BC[:, None]) if self.config.gives == "tokens" else Condition(vector_BC=embeds_BC)
+
+    @torch.compiler.disable  # Pillow's and numpy's work, which is not traced
+    def _pixels(self, pictures: Sequence[Image.Image | None]) -> Tensor:
+        return torch.from_numpy(np.stack([self.prepare(picture) for picture in pictures if picture is not None]))
 
     def prepare(self, picture: Image.Image) -> np.ndarray:
         """A picture => what the network sees, float32 (3, image_size, image_size): resized by its shorter side (bicubic), its
