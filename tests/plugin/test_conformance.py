@@ -1,9 +1,12 @@
 """The built-in parts pass the suites that a stranger's parts are held to, by the examples that they ship."""
 
+import json
+
 import pytest
 
 import ldmkit.plugin.registry as module
 from ldmkit import InputError, PluginError, registry
+from ldmkit.cli import main
 from ldmkit.testing import conformance
 from ldmkit.testing.conformance import denoisers
 
@@ -40,6 +43,14 @@ def test_no_built_in_part_is_left_out():
         if kind != "pipeline" and not conformance.subject(kind, f"ldmkit:{name}").fixed_configs()
     ]
     assert lacking == [], "parts that are not built without a config need an example in their plugin's ldmkit_examples"
+
+
+def test_the_command_line_takes_all_of_them(monkeypatch, capsys):
+    """Each by the suite above, which need not run twice."""
+    monkeypatch.setattr(conformance, "check", lambda subject, **options: conformance.Report(subject.kind, subject.name, ()))
+    assert main(["plugin", "check", "ldmkit", "--json"]) == 0
+    reports = json.loads(capsys.readouterr().out)["reports"]
+    assert {(report["kind"], report["name"]) for report in reports} == {(kind, f"ldmkit:{name}") for kind, name in BUILT_IN}
 
 
 PART = """

@@ -163,6 +163,10 @@ def test_a_new_plugin_of_every_kind(fresh: Environment) -> None:
 
     fresh.run("-c", MAKE)
     fresh.run("-c", DRAW)
+    generate = ("generate", "a red apple", "--steps", "2", "--seed", "1", "--no-progress", "--output")
+    fresh.ldmkit(*generate, "emoji.png", "--sampler", "new-sampler")
+    fresh.ldmkit(*generate, "parts.png", "--model", "made-of-them")
+    assert {path.name for path in fresh.folder.glob("*.png")} == {"emoji.png", "parts.png"}
     fresh.uninstall(*distributions)
     assert fresh.listed() == {"ldmkit": "ok"}
     told = fresh.run("-c", NAMED)
