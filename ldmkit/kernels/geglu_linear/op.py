@@ -75,13 +75,13 @@ def _product(a: Tensor, b_MK: Tensor) -> Tensor:
     Compilers choose for themselves; oneDNN's has no derivative, no rule for vmap, and takes no empty tensors.
     """
     if (
-        a.device.type != "cpu"
-        or a.dtype != torch.float32
-        or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or torch.is_grad_enabled()
+        or a.device.type != "cpu"
+        or a.dtype != torch.float32
         or 0 in (*a.shape, *b_MK.shape)
+        or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
     ):
         return a @ b_MK
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b_MK.mT, None, "none", [], "")
