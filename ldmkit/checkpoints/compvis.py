@@ -5,7 +5,7 @@ Facts from the published state dicts. What a number in a name means depends on l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ldmkit.checkpoints.keymap import KeyMap, Rule
 
@@ -37,7 +37,12 @@ _OPEN_CLIP_BLOCK = {
 
 
 def unet_map(
-    *, levels: int, layers_per_block: int, attention: tuple[bool, ...], plain_head_channels: int | None = None
+    *,
+    levels: int,
+    layers_per_block: int,
+    attention: tuple[bool, ...],
+    plain_head_channels: Sequence[int] | None = None,
+    resnet_resampling: bool = False,
 ) -> KeyMap:
     """The U-Net's, without `model.diffusion_model`
 
@@ -45,7 +50,9 @@ def unet_map(
         levels: resolutions.
         layers_per_block: res blocks per level on the way down.
         attention: which levels have attention; the middle always has it.
-        plain_head_channels: where attention is the plain block of the unconditional originals: channels of a head.
+        plain_head_channels: where attention is the plain block of the unconditional originals: channels of a head, by level;
+            the middle has the last level's.
+        resnet_resampling: res blocks, rather than convolutions, change the resolution.
     """
 
     def blocks() -> Iterator[Rule]:
@@ -53,35 +60,41 @@ def unet_map(
         down, up = layers_per_block, layers_per_block + 1
         for level in range(levels):
             for layer in range(down):
-                yield from block(f"input_blocks.{level * up + layer + 1}", f"down_blocks.{level}", layer, attention[level])
+                yield from block(f"input_blocks.{level * up + layer + 1}", f"down_blocks.{level}", layer, level)
             if level < levels - 1:
-                yield Rule(f"input_blocks.{(level + 1) * up}.0.op", f"down_blocks.{level}.downsamplers.0.conv")
+                yield from resample(f"input_blocks.{(level + 1) * up}.0", f"down_blocks.{level}.downsamplers.0", "op")
         yield from res("middle_block.0", "mid_block.resnets.0")
-        yield from attend("middle_block.1", "mid_block.attentions.0")
+        yield from attend("middle_block.1", "mid_block.attentions.0", levels - 1)
         yield from res("middle_block.2", "mid_block.resnets.1")
-        for level in range(levels):
-            attended = attention[levels - 1 - level]
+        for i in range(levels):
+            level = levels - 1 - i
             for layer in range(up):
-                yield from block(f"output_blocks.{level * up + layer}", f"up_blocks.{level}", layer, attended)
-            if level < levels - 1:
-                place = f"output_blocks.{level * up + up - 1}.{2 if attended else 1}"
-                yield Rule(f"{place}.conv", f"up_blocks.{level}.upsamplers.0.conv")
+                yield from block(f"output_blocks.{i * up + layer}", f"up_blocks.{i}", layer, level)
+            if level > 0:
+                place = f"output_blocks.{i * up + up - 1}.{2 if attention[level] else 1}"
+                yield from resample(place, f"up_blocks.{i}.upsamplers.0", "conv")
 
-    def block(theirs: str, ours: str, layer: int, attended: bool) -> Iterator[Rule]:
+    def block(theirs: str, ours: str, layer: int, level: int) -> Iterator[Rule]:
         yield from res(f"{theirs}.0", f"{ours}.resnets.{layer}")
-        if attended:
-            yield from attend(f"{theirs}.1", f"{ours}.attentions.{layer}")
+        if attention[level]:
+            yield from attend(f"{theirs}.1", f"{ours}.attentions.{layer}", level)
+
+    def resample(theirs: str, ours: str, name: str) -> Iterator[Rule]:
+        if resnet_resampling:
+            yield from res(theirs, ours)
+        else:
+            yield Rule(f"{theirs}.{name}", f"{ours}.conv")
 
     def res(theirs: str, ours: str) -> Iterator[Rule]:
         yield from (Rule(f"{theirs}.{old}", f"{ours}.{new}") for old, new in _RES.items())
 
-    def attend(theirs: str, ours: str) -> Iterator[Rule]:
+    def attend(theirs: str, ours: str, level: int) -> Iterator[Rule]:
         if plain_head_channels is None:  # inside transformers the names agree
             yield Rule(theirs, ours)
             return
         yield Rule(f"{theirs}.norm", f"{ours}.group_norm")
         for i, name in enumerate(("to_q", "to_k", "to_v")):  # head by head: its queries, its keys, its values
-            yield Rule(f"{theirs}.qkv", f"{ours}.{name}", axes=1, piece=i, pieces=3, block=plain_head_channels)
+            yield Rule(f"{theirs}.qkv", f"{ours}.{name}", axes=1, piece=i, pieces=3, block=plain_head_channels[level])
         yield Rule(f"{theirs}.proj_out", f"{ours}.to_out.0", axes=1)
 
     return KeyMap(blocks())

@@ -31,6 +31,8 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "conditioner": ("text_encoder", "text_encoder_2", "bert", "image_encoder"),
 }
 """The components that make up our parts."""
+LATENT_DIFFUSION = ("LDMTextToImagePipeline", "LDMPipeline")
+"""Pipelines of diffusers for the originals of latent diffusion."""
 TOKENIZERS = ("tokenizer", "tokenizer_2", "feature_extractor")
 """Folders without weights that a conditioner reads."""
 LOW_RES = "low_res_scheduler"
@@ -92,7 +94,7 @@ def read_folder(
     if "scheduler" in present and not {"sampler", "schedule", "prediction"} <= set(without):
         arguments |= read_scheduler(read_object(folder / "scheduler" / "scheduler_config.json"))
     unet = read_object(folder / "unet" / "config.json") if "unet" in present else {}
-    arguments["defaults"] = _defaults(unet, arguments.get("autoencoder"))
+    arguments["defaults"] = _defaults(unet, arguments.get("autoencoder"), read_object(folder / INDEX).get("_class_name"))
     if LOW_RES in present and not {LOW_RES, "upscaling"} & set(without):
         schedule = read_betas(read_object(folder / LOW_RES / "scheduler_config.json"))
         noise = {"schedule": schedule, "max_level": read_object(folder / INDEX).get("max_noise_level", 350)}
@@ -159,13 +161,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _defaults(unet: Mapping[str, Any], autoencoder: Any) -> dict[str, Any]:
+def _defaults(unet: Mapping[str, Any], autoencoder: Any, pipeline_class: Any) -> dict[str, Any]:
     """Sizes as diffusers has them, and its pipelines' guidance."""
     size = unet.get("sample_size")
     factor = getattr(autoencoder, "downscale", None)
     pixels = size * factor if isinstance(size, int) and factor else None
     xl = unet.get("addition_embed_type") == "text_time"
-    return {"height": pixels, "width": pixels, "guidance_scale": 5.0 if xl else 7.5}
+    scale = 1.0 if pipeline_class in LATENT_DIFFUSION else 5.0 if xl else 7.5
+    return {"height": pixels, "width": pixels, "guidance_scale": scale}
 
 
 # ----------------------------------------------------------------------------------------------------------------- writing
@@ -190,6 +193,7 @@ def write_folder(
         written |= {name: (component, part) for name, component in part.to_diffusers().items()}
     low_res = settings["upscaling"].to_dict()["noise"] if "upscaling" in settings else None
     scheduler, pipeline_class = _scheduler(parts["sampler"], settings), _pipeline_class(parts, written, low_res is not None)
+    written = _placed(written, pipeline_class)
     height, downscale = settings["defaults"].height, getattr(parts["autoencoder"], "downscale", 1)
     sample_size = None if height is None else height // downscale
     with atomic_folder(folder, stale=WEIGHT_FILES) as temporary:
@@ -212,6 +216,19 @@ def write_folder(
             index |= {**nothing, "requires_safety_checker": False}
         write_json(temporary / INDEX, index)
     return folder
+
+
+def _placed(written: dict[str, Any], pipeline_class: str) -> dict[str, Any]:
+    """The components under the names of this pipeline's: the latent-diffusion originals call every autoencoder `vqvae`.
+
+    Raises:
+        InputError: for an autoencoder that the pipeline does not take.
+    """
+    place = "vqvae" if pipeline_class in LATENT_DIFFUSION else "vae"
+    result = {place if name in COMPONENTS["autoencoder"] else name: value for name, value in written.items()}
+    if place == "vae" and any(component.class_name == "VQModel" for component, _ in written.values()):
+        raise InputError(f"diffusers' {pipeline_class} takes no VQModel as its autoencoder; save in our own format")
+    return result
 
 
 def _scheduler(sampler: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,7 +257,7 @@ def _write_component(folder: Path, component: Written, part: Any, limit: int | N
     write_json(folder / "config.json", config)
     assert isinstance(part, nn.Module)
     own = {key: tensor for key, tensor in part.state_dict().items() if component.names.source(key) is not None}
-    write_weights(folder, component.names.restore(own), max_shard_size=limit, stem=STEMS[component.library == "transformers"])
+    write_weights(folder, component.names.restore(own), max_shard_size=limit, stem=STEMS[component.library != "diffusers"])
 
 
 def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised: bool) -> str:
@@ -252,6 +269,8 @@ def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised
     encoders = tuple(name for name in COMPONENTS["conditioner"] if name in written)
     extra = getattr(parts["denoiser"].config, "spatial_channels", 0)
     known = {
+        ((), 0, False): "LDMPipeline",
+        (("bert",), 0, False): "LDMTextToImagePipeline",
         (("text_encoder",), 0, False): "StableDiffusionPipeline",
         (("text_encoder",), 5, False): "StableDiffusionInpaintPipeline",
         (("text_encoder",), 3, True): "StableDiffusionUpscalePipeline",

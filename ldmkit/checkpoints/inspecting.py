@@ -28,7 +28,9 @@ FAMILIES = {
     "sd2": "Stable Diffusion 2",
     "xl": "Stable Diffusion XL",
     "x4": "Stable Diffusion x4 upscaler",
-    "ldm": "latent diffusion",
+    "ldm-text": "latent diffusion, text to image",
+    "ldm-class": "latent diffusion, class-conditional",
+    "ldm": "latent diffusion, unconditional",
 }
 PREDICTIONS = {"sd1": "epsilon", "sd2": "epsilon or v_prediction: keys do not tell", "x4": "v_prediction"}
 

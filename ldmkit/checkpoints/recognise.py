@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from ldmkit.checkpoints.compvis import clip_map, ldm_bert_map, open_clip_map, unet_map, vae_map
+from ldmkit.checkpoints.compvis import clip_map, ldm_bert_map, open_clip_map, vae_map
+from ldmkit.checkpoints.found import Found, Shapes, Told, below, count, shape_of
 from ldmkit.checkpoints.keymap import KeyMap, Rule
+from ldmkit.checkpoints.recognise_unet import UNET, unet
 from ldmkit.errors import ArchitectureMismatchError
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-UNET, VAE = "model.diffusion_model", "first_stage_model"
-PLAIN_HEAD_CHANNELS = 32
-"""Channels of a head in the unconditional originals' attention (`num_head_channels` of their configs)."""
+VAE = "first_stage_model"
 TABLES = (
     r"betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_alphas_cumprod|posterior_\w+|lvlb_weights|logvar|denoiser\.sigmas|"
     r"low_scale_model\.(betas|alphas_cumprod\w*|sqrt_\w+|log_one_minus_alphas_cumprod|posterior_\w+)"
@@ -33,37 +28,21 @@ IGNORED = {
 """Patterns of keys that are left out, and why."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """One component of a file.
-
-    Attributes:
-        name: the folder it would have in the diffusers layout ("unet", "vae", "text_encoder").
-        class_name: of diffusers or transformers.
-        config: as its config.json would be.
-        keymap: names in the file <-> in the diffusers layout (text encoders: without `text_model.`).
-        ignored: further patterns of keys that are left out, and why.
-    """
-
-    name: str
-    class_name: str
-    config: dict[str, Any]
-    keymap: KeyMap
-    ignored: dict[str, str] = field(default_factory=dict)
-
-
-def recognise(shapes: Shapes) -> list[Found]:
+def recognise(shapes: Shapes, told: Told = lambda name: {}) -> list[Found]:
     """The components of a single file.
 
     Raises:
         ArchitectureMismatchError: for keys that are no single file's, or of an architecture that is not known here.
+        ConfigError: where what is told cannot be.
     """
     found = []
     if any(key.startswith(f"{UNET}.") for key in shapes):
-        found.append(unet(_below(shapes, UNET)))
+        found.append(unet(below(shapes, UNET), told("unet")))
     if any(key.startswith(f"{VAE}.") for key in shapes):
-        found.append(vae(_below(shapes, VAE)))
+        found.append(vae(below(shapes, VAE)))
     found += text_encoders(shapes)
+    for component in found:
+        component.config.update(told(component.name))
     if not found:
         first = ", ".join(sorted(shapes)[:3]) or "none"
         raise ArchitectureMismatchError(
@@ -73,113 +52,6 @@ def recognise(shapes: Shapes) -> list[Found]:
     return found
 
 
-def _below(shapes: Shapes, prefix: str) -> Shapes:
-    return {key.removeprefix(f"{prefix}."): shape for key, shape in shapes.items() if key.startswith(f"{prefix}.")}
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """One more than the highest number that the pattern's group matches, 0 if none."""
-    numbers = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
-
-
-def _shape(shapes: Shapes, key: str, what: str) -> tuple[int, ...]:
-    if key not in shapes:
-        raise ArchitectureMismatchError(f"{what} lacks {key}, by which it would be recognised; the file is not complete")
-    return shapes[key]
-
-
-# ------------------------------------------------------------------------------------------------------------------- U-Net
-
-
-def unet(shapes: Shapes) -> Found:
-    """From keys without `model.diffusion_model.`"""
-
-    def shape(key: str) -> tuple[int, ...]:
-        return _shape(shapes, key, "the U-Net")
-
-    levels = 1 + len([key for key in shapes if re.fullmatch(r"input_blocks\.\d+\.0\.op\.weight", key)])
-    blocks = _count(shapes, r"input_blocks\.(\d+)\.")
-    if "input_blocks.1.0.in_layers.0.weight" not in shapes or blocks % levels or blocks // levels < 2:
-        raise ArchitectureMismatchError(
-            f"the U-Net has {blocks} input blocks on {levels} levels, and no architecture known here has that"
-        )
-    layers = blocks // levels - 1
-    first = [level * (layers + 1) + 1 for level in range(levels)]
-    widths = [shape(f"input_blocks.{i}.0.out_layers.3.weight")[0] for i in first]
-    if shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0]:
-        raise ArchitectureMismatchError(
-            "the U-Net scales and shifts by the time embedding (use_scale_shift_norm), ours adds it"
-        )
-    plain = "middle_block.1.qkv.weight" in shapes
-    depths = [_count(shapes, rf"input_blocks\.{i}\.1\.transformer_blocks\.(\d+)\.") for i in first]
-    attended = [f"input_blocks.{i}.1.norm.weight" in shapes for i in first]
-    config: dict[str, Any] = {
-        "in_channels": shape("input_blocks.0.0.weight")[1],
-        "out_channels": shape("out.2.weight")[0],
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-    }
-    if plain:
-        config |= {
-            "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attended],
-            "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in attended[::-1]],
-            "attention_head_dim": PLAIN_HEAD_CHANNELS,
-            "downsample_padding": 1,
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-        }
-    else:
-        config |= _transformers(shapes, shape, widths, depths, attended, first)
-    keymap = unet_map(
-        levels=levels,
-        layers_per_block=layers,
-        attention=tuple(attended),
-        plain_head_channels=PLAIN_HEAD_CHANNELS if plain else None,
-    )
-    class_name = "UNet2DModel" if plain else "UNet2DConditionModel"
-    return Found("unet", class_name, config, keymap.prefixed(UNET))
-
-
-def _transformers(
-    shapes: Shapes, shape: Any, widths: list[int], depths: list[int], attended: list[bool], first: list[int]
-) -> dict[str, Any]:
-    mid = _count(shapes, r"middle_block\.1\.transformer_blocks\.(\d+)\.")
-    if attended[-1] and depths[-1] != mid:
-        raise ArchitectureMismatchError(f"the U-Net's last level has {depths[-1]} transformer layers and its middle {mid}")
-    middle = "middle_block.1.transformer_blocks.0"
-    context = shape(f"{middle}.attn2.to_k.weight")[1]
-    linear = len(shape("middle_block.1.proj_in.weight")) == 2
-    only_cross = [
-        has and (keys := shape(f"input_blocks.{i}.1.transformer_blocks.0.attn1.to_k.weight"))[0] != keys[1]
-        for i, has in zip(first, attended, strict=True)
-    ]
-    config: dict[str, Any] = {
-        "cross_attention_dim": context,
-        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attended],
-        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in attended[::-1]],
-        "transformer_layers_per_block": [depth if has else mid for depth, has in zip(depths, attended, strict=True)],
-        "attention_head_dim": _heads(widths, context=context, linear=linear, labelled="label_emb.weight" in shapes),
-        "use_linear_projection": linear,
-        "only_cross_attention": only_cross if any(only_cross) else False,
-        "num_class_embeds": shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None,
-    }
-    if "label_emb.0.0.weight" in shapes:
-        config |= {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": shape("label_emb.0.0.weight")[1],
-        }
-    return config
-
-
-def _heads(widths: list[int], *, context: int, linear: bool, labelled: bool) -> int | list[int]:
-    """Heads leave no trace in shapes: 64 channels each in SD2 and SDXL, else 8, and 1 in class-conditional latent diffusion."""
-    if linear and not labelled:
-        return [width // 64 for width in widths]
-    return 1 if context == 512 and not linear else 8
-
-
 # --------------------------------------------------------------------------------------------------------------- autoencoder
 
 
@@ -187,10 +59,10 @@ def vae(shapes: Shapes) -> Found:
     """From keys without `first_stage_model.` The scaling factor leaves no trace; see `single_file`."""
 
     def shape(key: str) -> tuple[int, ...]:
-        return _shape(shapes, key, "the autoencoder")
+        return shape_of(shapes, key, "the autoencoder")
 
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
-    layers = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
+    levels = count(shapes, r"encoder\.down\.(\d+)\.")
+    layers = count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
     attended = [f"encoder.down.{i}.attn.0.norm.weight" in shapes for i in range(levels)]
     vq = "quantize.embedding.weight" in shapes
     config: dict[str, Any] = {
@@ -223,21 +95,21 @@ def text_encoders(shapes: Shapes) -> list[Found]:
         found.append(
             Found("class_embedder", "ClassEmbedder", config, KeyMap([Rule("cond_stage_model.embedding", "embedding")]))
         )
-    embedders = _count(shapes, r"conditioner\.embedders\.(\d+)\.")
+    embedders = count(shapes, r"conditioner\.embedders\.(\d+)\.")
     for place in ("cond_stage_model", *(f"conditioner.embedders.{i}" for i in range(embedders))):
         if f"{place}.transformer.token_emb.weight" in shapes:
-            found.append(_ldm_bert(_below(shapes, f"{place}.transformer"), f"{place}.transformer"))
+            found.append(_ldm_bert(below(shapes, f"{place}.transformer"), f"{place}.transformer"))
         elif any(key.startswith(f"{place}.transformer.") for key in shapes):
-            found.append(_clip(_below(shapes, f"{place}.transformer"), f"{place}.transformer"))
+            found.append(_clip(below(shapes, f"{place}.transformer"), f"{place}.transformer"))
         elif any(key.startswith(f"{place}.model.") for key in shapes):
-            found.append(_open_clip(_below(shapes, f"{place}.model"), f"{place}.model"))
+            found.append(_open_clip(below(shapes, f"{place}.model"), f"{place}.model"))
     return found
 
 
 def _clip(shapes: Shapes, place: str) -> Found:
     nested = any(key.startswith("text_model.") for key in shapes)
-    own = _below(shapes, "text_model") if nested else shapes
-    layers = _count(own, r"encoder\.layers\.(\d+)\.")
+    own = below(shapes, "text_model") if nested else shapes
+    layers = count(own, r"encoder\.layers\.(\d+)\.")
     config = _clip_config(own, "embeddings.token_embedding.weight", "encoder.layers.0.mlp.fc1.weight", layers)
     config |= {"hidden_act": "quick_gelu", "pad_token": "<|endoftext|>"}
     config |= {"max_position_embeddings": _positions(own, "embeddings.position_embedding.weight")}
@@ -246,12 +118,12 @@ def _clip(shapes: Shapes, place: str) -> Found:
 
 def _open_clip(shapes: Shapes, place: str) -> Found:
     """SD2's, whose last layer is not used and which has no pooled output; or SDXL's."""
-    layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
+    layers = count(shapes, r"transformer\.resblocks\.(\d+)\.")
     config = _clip_config(shapes, "token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.weight", layers)
     config |= {"hidden_act": "gelu", "pad_token": "!"}
     config |= {"max_position_embeddings": _positions(shapes, "positional_embedding")}
     if place.startswith("conditioner."):
-        config["projection_dim"] = _shape(shapes, "text_projection", "the OpenCLIP text encoder")[1]
+        config["projection_dim"] = shape_of(shapes, "text_projection", "the OpenCLIP text encoder")[1]
         keymap = open_clip_map(layers=layers).prefixed(place)
         return Found("text_encoder_2", "CLIPTextModelWithProjection", config, keymap)
     last, layers = layers - 1, layers - 1
@@ -265,12 +137,12 @@ def _open_clip(shapes: Shapes, place: str) -> Found:
 
 
 def _clip_config(shapes: Shapes, table: str, feed_forward: str, layers: int) -> dict[str, Any]:
-    vocabulary, width = _shape(shapes, table, "the text encoder")
+    vocabulary, width = shape_of(shapes, table, "the text encoder")
     return {
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": _shape(shapes, feed_forward, "the text encoder")[0],
+        "intermediate_size": shape_of(shapes, feed_forward, "the text encoder")[0],
         "num_hidden_layers": layers,
         "num_attention_heads": max(width // 64, 1),
         "eos_token_id": 2,
@@ -278,19 +150,19 @@ def _clip_config(shapes: Shapes, table: str, feed_forward: str, layers: int) -> 
 
 
 def _positions(shapes: Shapes, key: str) -> int:
-    return _shape(shapes, key, "the text encoder")[0]
+    return shape_of(shapes, key, "the text encoder")[0]
 
 
 def _ldm_bert(shapes: Shapes, place: str) -> Found:
-    layers = _count(shapes, r"attn_layers\.layers\.(\d+)\.") // 2
+    layers = count(shapes, r"attn_layers\.layers\.(\d+)\.") // 2
     vocabulary, width = shapes["token_emb.weight"]
-    inner = _shape(shapes, "attn_layers.layers.0.1.to_q.weight", "the BERT encoder")[0]
+    inner = shape_of(shapes, "attn_layers.layers.0.1.to_q.weight", "the BERT encoder")[0]
     config = {
         "vocab_size": vocabulary,
         "d_model": width,
         "max_position_embeddings": _positions(shapes, "pos_emb.emb.weight"),
         "encoder_layers": layers,
-        "encoder_ffn_dim": _shape(shapes, "attn_layers.layers.1.1.net.0.0.weight", "the BERT encoder")[0],
+        "encoder_ffn_dim": shape_of(shapes, "attn_layers.layers.1.1.net.0.0.weight", "the BERT encoder")[0],
         "encoder_attention_heads": max(inner // 64, 1),
         "head_dim": min(inner, 64),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from ldmkit.checkpoints.assembling import Source, UnexpectedKeysWarning, assembl
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.filling import DType, check_dtype
 from ldmkit.checkpoints.folders import UPSCALER_DEFAULTS
+from ldmkit.checkpoints.found import Found
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
-from ldmkit.checkpoints.recognise import IGNORED, UNET, VAE, Found, recognise
+from ldmkit.checkpoints.recognise import IGNORED, VAE, recognise
+from ldmkit.checkpoints.recognise_unet import UNET
 from ldmkit.checkpoints.schedulers import read_scheduler
-from ldmkit.checkpoints.tokenizers import find_tokenizer
+from ldmkit.checkpoints.tokenizers import BERT, CLIP, find_tokenizer
 from ldmkit.checkpoints.weights import read_file
 from ldmkit.errors import CheckpointError, ConfigError, InputError
 
@@ -28,6 +31,10 @@ KINDS = {"unet": "denoiser", "vae": "autoencoder"}
 """The part that a component belongs to; all others are the conditioner's."""
 PLACES = {"unet": (f"{UNET}.",), "vae": (f"{VAE}.",)}
 TEXTS = ("cond_stage_model.", "conditioner.")
+VOCABULARIES = {"text_encoder": ("tokenizer", CLIP), "text_encoder_2": ("tokenizer_2", CLIP), "bert": ("tokenizer", BERT)}
+"""The tokenizers' folders as diffusers names them, and what belongs there."""
+ORIGINALS = ("ldm", "ldm-class")
+"""Families whose models differ in betas."""
 BETAS: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UPSCALER_BETAS: Mapping[str, Any] = {**BETAS, "beta_start": 0.0001, "beta_end": 0.02}
 """Of its latents and of the small picture, by its published configuration."""
@@ -55,7 +62,8 @@ def read_single_file(
     tensors = read_any(path, allow_pickle=allow_pickle)
     if ema:
         tensors = with_averages(tensors, path)
-    found = configured(recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}), config)
+    found = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, partial(_override, config))
+    _check_components(found, config)
     family = family_of(found)
     for component in found:
         if component.name == "vae":
@@ -70,9 +78,8 @@ def read_single_file(
         if not own:
             raise CheckpointError(f"{path} holds no {kind}; pass {kind}=...")
         sources = {component.name: source_of(component, tensors, path) for component in own}
-        texts = [component for component in own if component.name.startswith("text_encoder")]
-        folders = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-        tokenizers = {folders[text.name]: find_tokenizer(path, tokenizer) for text in texts}
+        texts = [VOCABULARIES[component.name] for component in own if component.name in VOCABULARIES]
+        tokenizers = {folder: find_tokenizer(path, tokenizer, vocabulary) for folder, vocabulary in texts}
         part, accounting = assemble(kind, sources, tokenizers, dtype=dtype, device=device, strict=strict)
         arguments[kind], arguments["accounting"][kind] = part, accounting
     return arguments
@@ -114,18 +121,16 @@ def with_averages(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor
 # --------------------------------------------------------------------------------------------------------------- configuration
 
 
-def configured(found: list[Found], config: str | Path | Mapping[str, Any] | None) -> list[Found]:
-    """The components, with what `config` says of them: a folder with `unet/config.json` and so on, or values by component."""
-    for component in found:
-        component.config.update(_override(config, component.name))
+def _check_components(found: list[Found], config: str | Path | Mapping[str, Any] | None) -> None:
+    """Raise ConfigError where `config` has values for components that the file does not have."""
     known = {component.name for component in found} | {"scheduler"}
     unknown = sorted(set(config) - known) if isinstance(config, Mapping) else []
     if unknown:
         raise ConfigError(f"config has {', '.join(map(repr, unknown))}; the file's components are {', '.join(sorted(known))}")
-    return found
 
 
 def _override(config: str | Path | Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """What `config` says of a component: a folder with `unet/config.json` and so on, or values by component."""
     if config is None:
         return {}
     if isinstance(config, Mapping):
@@ -134,15 +139,16 @@ def _override(config: str | Path | Mapping[str, Any] | None, name: str) -> dict[
         folder = Path(config)
         if not folder.is_dir():
             raise ConfigError(f"config = {str(config)!r} must be a folder in the diffusers layout, or values by component")
-        file = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
-        value = read_json(file) if file.is_file() else {}
+        names = ("vae", "vqvae") if name == "vae" else (name,)
+        files = [folder / each / ("scheduler_config.json" if name == "scheduler" else "config.json") for each in names]
+        value = next((read_json(file) for file in files if file.is_file()), {})
     if not isinstance(value, Mapping):
         raise ConfigError(f"config: {name} = {value!r} must be a mapping")
     return {key: item for key, item in value.items() if not key.startswith("_") or name == "scheduler"}
 
 
 def family_of(found: list[Found]) -> str:
-    """ "xl", "x4", "sd2", "sd1" or "ldm": the models that share numbers which files do not hold."""
+    """ "xl", "x4", "sd2", "sd1", "ldm-text", "ldm-class" or "ldm": models that share numbers which files do not hold."""
     names = {component.name: component for component in found}
     unet = names["unet"].config if "unet" in names else {}
     if unet.get("addition_embed_type") or "text_encoder_2" in names:
@@ -150,7 +156,7 @@ def family_of(found: list[Found]) -> str:
     if unet.get("num_class_embeds") and "text_encoder" in names:
         return "x4"
     if "text_encoder" not in names:
-        return "ldm"
+        return "ldm-text" if "bert" in names else "ldm-class" if "class_embedder" in names else "ldm"
     return "sd2" if names["text_encoder"].config["hidden_act"] == "gelu" else "sd1"
 
 
@@ -159,7 +165,7 @@ def _scaling(family: str, tensors: Mapping[str, Tensor]) -> float:
     stored = tensors.get("scale_factor")
     if stored is not None and stored.numel() == 1:
         return float(stored)
-    return {"xl": 0.13025, "x4": 0.08333, "ldm": 1.0}.get(family, 0.18215)
+    return {"xl": 0.13025, "x4": 0.08333, **dict.fromkeys(ORIGINALS, 1.0)}.get(family, 0.18215)
 
 
 def _settings(
@@ -172,7 +178,9 @@ def _settings(
         read["schedule"] = _schedule(family, tensors, given, path)
         read["prediction"] = {"type": _prediction(family, tensors, given, path)}
     prediction = given.get("prediction", read["prediction"]["type"])
-    size = {"xl": 1024, "sd1": 512, "x4": None, "ldm": 256}.get(family, 768 if prediction == "v_prediction" else 512)
+    size = {"xl": 1024, "sd1": 512, "x4": None, "ldm-text": 256, **dict.fromkeys(ORIGINALS, 256)}.get(
+        family, 768 if prediction == "v_prediction" else 512
+    )
     read["defaults"] = {"height": size, "width": size, "guidance_scale": 5.0 if family == "xl" else 7.5}
     if family == "x4":
         read["defaults"] |= UPSCALER_DEFAULTS
@@ -201,7 +209,7 @@ def _schedule(family: str, tensors: Mapping[str, Tensor], given: Mapping[str, An
     marked = {"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {}
     stored = tensors.get("betas")
     if stored is None:
-        if family == "ldm" and "schedule" not in given:
+        if family in ORIGINALS and "schedule" not in given:
             raise InputError(
                 f"{path} holds no betas, and latent-diffusion models differ in theirs: pass schedule={{'beta_start': ..., "
                 "'beta_end': ..., 'beta_schedule': ...}} (0.0015, 0.0195 and 'scaled_linear' for most)"

@@ -21,6 +21,13 @@ def ldmkit_components() -> Iterable[Component]:
         ),
         Component(
             kind="conditioner",
+            name="ldm-bert",
+            target="ldmkit_text.ldm_bert:LDMBertConditioner",
+            summary="WordPiece and the transformer of latent diffusion's text-to-image model.",
+            diffusers=("LDMBertModel",),
+        ),
+        Component(
+            kind="conditioner",
             name="clip-text",
             target="ldmkit_text.clip:CLIPTextConditioner",
             summary="CLIP's text encoder: hidden-layer choice, clip-skip, pooled output (Stable Diffusion 1, 2, XL).",
@@ -69,6 +76,12 @@ def ldmkit_examples() -> Iterable[Example]:
                 {**small, "vocab": str(EXAMPLES / "pieces.txt"), "max_length": 8},
                 {**small, "vocab": str(EXAMPLES / "pieces.txt"), "padding": "longest", "pooled": True},
             ),
+            inputs=prompts,
+        ),
+        Example(
+            kind="conditioner",
+            name="ldm-bert",
+            configs=({**small, "vocab": str(EXAMPLES / "pieces.txt"), "vocab_size": 64, "head_dim": 3, "max_length": 8},),
             inputs=prompts,
         ),
         Example(

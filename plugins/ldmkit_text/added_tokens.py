@@ -68,7 +68,7 @@ def grow(table: nn.Embedding, first: int, vectors_NC: Tensor) -> None:
 
 def read_added(folder: Path) -> list[tuple[str, int]]:
     """The words that a tokenizer's folder adds to its vocabulary. Raises: CheckpointError for ids that leave holes."""
-    ids = _listed(folder)
+    ids = listed(folder)
     files = [path for path in (folder / "vocab.json", folder / "tokenizer.json") if path.exists()]
     if not ids or not files:
         return []
@@ -86,7 +86,7 @@ def read_added(folder: Path) -> list[tuple[str, int]]:
     return words
 
 
-def _listed(folder: Path) -> dict[str, int]:
+def listed(folder: Path) -> dict[str, int]:
     """Piece => id, by the three files that may say so."""
     try:
         found: dict[str, int] = {}

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.weights import load_weights, read_weights
 from ldmkit.errors import CheckpointError, ConfigError
-from ldmkit_text.added_tokens import read_added
+from ldmkit_text.added_tokens import listed, read_added
 from ldmkit_text.packed import PACKED, read_packed
+from ldmkit_text.wordpiece import read_vocab
 
 BERT_IGNORED = {
     "pooler.": "the pooled vector is for classification; conditioning uses the last hidden states",
@@ -61,8 +62,45 @@ def bert_config_values(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: where a file is missing or damaged. ConfigError: where the model is no BERT encoder.
     """
-    values = _config_values(folder, BERT_COPIED, BERT_FIXED)
-    return {**values, "vocab": str(folder / "vocab.txt"), "lowercase": _tokenizer_setting(folder, "do_lower_case", True)}
+    return {**_config_values(folder, BERT_COPIED, BERT_FIXED), **bert_tokenizer_values(folder)}
+
+
+def bert_tokenizer_values(folder: Path) -> dict[str, Any]:
+    """`vocab` and `lowercase` from the folder of a BERT tokenizer: vocab.txt, or tokenizer.json where that is all there is.
+
+    Raises:
+        CheckpointError: where a file is damaged. ConfigError: for a way to split words that is not BERT's usual one.
+    """
+    path = folder / "vocab.txt"
+    told: dict[str, Any] = {}
+    if not path.exists() and (folder / WHOLE).exists():
+        path = folder / WHOLE
+        normalizer = _object(path).get("normalizer")
+        if isinstance(normalizer, dict):
+            names = {"lowercase": "do_lower_case", "strip_accents": "strip_accents"}
+            names |= {"handle_chinese_chars": "tokenize_chinese_chars"}
+            told = {theirs: normalizer[name] for name, theirs in names.items() if name in normalizer}
+    settings = {key: _tokenizer_setting(folder, key, told.get(key)) for key in ("strip_accents", "tokenize_chinese_chars")}
+    lowercase = _tokenizer_setting(folder, "do_lower_case", told.get("do_lower_case", True))
+    if settings["strip_accents"] not in (None, lowercase) or settings["tokenize_chinese_chars"] not in (None, True):
+        raise ConfigError(
+            f"{folder}: a tokenizer with {settings} cannot be served: accents go exactly where case goes "
+            f"(do_lower_case = {lowercase!r}), and Chinese characters stand alone"
+        )
+    if added := sorted(listed(folder).keys() - read_vocab(path).keys()):
+        raise ConfigError(f"{folder} adds {', '.join(map(repr, added[:5]))} to the vocabulary, which cannot be served for BERT")
+    return {"vocab": str(path), "lowercase": lowercase}
+
+
+def bert_tokenizer_files(vocab: Path, *, lowercase: bool, length: int) -> dict[str, Path | bytes]:
+    """The files of a BERT tokenizer's folder, as transformers reads them."""
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lowercase, "model_max_length": length}
+    names = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
+    return {
+        (WHOLE if vocab.suffix == ".json" else "vocab.txt"): vocab,
+        "tokenizer_config.json": json.dumps(settings | names, indent=2).encode(),
+        "special_tokens_map.json": json.dumps(names, indent=2).encode(),
+    }
 
 
 def clip_config_values(folder: Path, tokenizer: Path) -> dict[str, Any]:

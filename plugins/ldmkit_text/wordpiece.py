@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from ldmkit.checkpoints.files import write_bytes
+from ldmkit.checkpoints.files import read_json, write_bytes
 from ldmkit.errors import CheckpointError, DataError, InputError, LdmkitError
 
 PAD, UNK, CLS, SEP = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -17,12 +17,30 @@ PAD, UNK, CLS, SEP = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 def read_vocab(path: str | Path) -> dict[str, int]:
-    """Read a BERT vocabulary, one piece a line, as piece => id.
+    """Read a BERT vocabulary, one piece a line or inside a tokenizer.json, as piece => id.
 
     Raises:
         CheckpointError: for a file that cannot be read, is empty, is not UTF-8, repeats a piece, has an empty line, or lacks a
             special token; it names the file and the line.
     """
+    vocab = _of_tokenizer(Path(path)) if Path(path).suffix == ".json" else _of_lines(path)
+    lacking = [token for token in SPECIAL if token not in vocab]
+    if lacking:
+        raise CheckpointError(f"vocabulary {path} lacks {', '.join(lacking)}; a BERT vocabulary holds {', '.join(SPECIAL)}")
+    return vocab
+
+
+def _of_tokenizer(path: Path) -> dict[str, int]:
+    """The vocabulary inside a tokenizer.json."""
+    content = read_json(path)
+    model = content.get("model") if isinstance(content, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) and "merges" not in model else None
+    if not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str):
+        raise CheckpointError(f"{path} is no tokenizer.json of a WordPiece tokenizer with pieces numbered from 0 on; BERT's is")
+    return vocab
+
+
+def _of_lines(path: str | Path) -> dict[str, int]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -39,9 +57,6 @@ def read_vocab(path: str | Path) -> dict[str, int]:
         if piece in vocab:
             raise CheckpointError(f"vocabulary {path}: {piece!r} stands on lines {vocab[piece] + 1} and {index + 1}")
         vocab[piece] = index
-    lacking = [token for token in SPECIAL if token not in vocab]
-    if lacking:
-        raise CheckpointError(f"vocabulary {path} lacks {', '.join(lacking)}; a BERT vocabulary holds {', '.join(SPECIAL)}")
     return vocab
 
 

@@ -21,7 +21,7 @@ def ldmkit_components() -> Iterable[Component]:
 
 @hookimpl
 def ldmkit_examples() -> Iterable[Example]:
-    """Small networks, for checks: with cross-attention, with labels and a vector, with further channels."""
+    """Small networks, for checks: with cross-attention, with labels and a vector, unconditional, with further channels."""
     small = {
         "block_out_channels": [8, 16],
         "layers_per_block": 1,
@@ -30,6 +30,7 @@ def ldmkit_examples() -> Iterable[Example]:
         "cross_attention_dim": 8,
         "norm_num_groups": 4,
     }
+    plain = {**small, "attention_block": "plain", "cross_attention_dim": None}
     return [
         Example(
             kind="denoiser",
@@ -37,6 +38,7 @@ def ldmkit_examples() -> Iterable[Example]:
             configs=(
                 small,
                 {**small, "cross_attention_dim": None, "num_class_embeds": 3, "vector_dim": 6},
+                {**plain, "time_scale_shift": True, "resnet_resampling": True},
                 {**small, "in_channels": 7, "spatial_channels": 3, "cache_context": False, "use_linear_projection": True},
             ),
             condition={

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from ldmkit_unet.config import UNetConfig
 
 
-def res_block(config: UNetConfig, in_channels: int, out_channels: int) -> ResBlock:
+def res_block(
+    config: UNetConfig, in_channels: int, out_channels: int, resample: Literal["down", "up"] | None = None
+) -> ResBlock:
     """A res block told the time, 4 x the first level's width."""
     return ResBlock(
         in_channels,
@@ -23,7 +25,23 @@ def res_block(config: UNetConfig, in_channels: int, out_channels: int) -> ResBlo
         num_groups=config.norm_num_groups,
         eps=config.norm_eps,
         dropout=config.dropout,
+        scale_shift=config.time_scale_shift,
+        resample=resample,
     )
+
+
+def resampler(config: UNetConfig, level: int, way: Literal["down", "up"]) -> nn.Module:
+    """What halves or doubles height and width below or above a level."""
+    channels = config.block_out_channels[level]
+    if config.resnet_resampling:
+        return res_block(config, channels, channels, way)
+    return Downsample(channels) if way == "down" else Upsample(channels)
+
+
+def resample(layer: nn.Module, x_BCHW: Tensor, time_BC: Tensor) -> Tensor:
+    """Half or twice the height and width; res blocks are told the time."""
+    out: Tensor = layer(x_BCHW, time_BC) if isinstance(layer, ResBlock) else layer(x_BCHW)
+    return out
 
 
 def attention(config: UNetConfig, level: int, depth: int, *, mid: bool = False) -> SpatialTransformer | AttentionBlock:
@@ -57,7 +75,7 @@ class DownBlock(nn.Module):
         inputs = [widths[max(level - 1, 0)]] + [widths[level]] * (config.layers_per_block - 1)
         self.resnets = nn.ModuleList(res_block(config, channels, widths[level]) for channels in inputs)
         self.attentions = nn.ModuleList(attention(config, level, depth) for _ in inputs if depth)
-        self.downsamplers = nn.ModuleList([Downsample(widths[level])] if level < len(widths) - 1 else [])
+        self.downsamplers = nn.ModuleList([resampler(config, level, "down")] if level < len(widths) - 1 else [])
 
     def forward(self, x_BCHW: Tensor, time_BC: Tensor, context: Context | None) -> tuple[Tensor, list[Tensor]]:
         """Features => features, and those that the way up will join in again."""
@@ -68,7 +86,7 @@ class DownBlock(nn.Module):
                 x_BCHW = torch.add(*attend(self.attentions[i], x_BCHW, context))
             skips.append(x_BCHW)
         for downsample in self.downsamplers:
-            x_BCHW = downsample(x_BCHW)
+            x_BCHW = resample(downsample, x_BCHW, time_BC)
             skips.append(x_BCHW)
         return x_BCHW, skips
 
@@ -102,13 +120,13 @@ class UpBlock(nn.Module):
         skips = [widths[level]] * layers + [widths[max(level - 1, 0)]]
         self.resnets = nn.ModuleList(res_block(config, a + b, widths[level]) for a, b in zip(inputs, skips, strict=True))
         self.attentions = nn.ModuleList(attention(config, level, depth) for _ in inputs if depth)
-        self.upsamplers = nn.ModuleList([Upsample(widths[level])] if level > 0 else [])
+        self.upsamplers = nn.ModuleList([resampler(config, level, "up")] if level > 0 else [])
 
     def forward(self, x_BCHW: Tensor, skips: Sequence[Tensor], time_BC: Tensor, context: Context | None) -> Tensor:
         """Features, and as many skipped ones as there are res blocks, the last of them first to be used => features."""
         x_BCHW = torch.add(*self.branches(x_BCHW, skips, time_BC, context))
         for upsample in self.upsamplers:
-            x_BCHW = upsample(x_BCHW)
+            x_BCHW = resample(upsample, x_BCHW, time_BC)
         return x_BCHW
 
     def branches(

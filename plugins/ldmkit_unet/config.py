@@ -34,6 +34,9 @@ class UNetConfig(ldmkit.Config):
         norm_num_groups: groups of every group norm; must divide every width.
         norm_eps: of the group norms, but those in transformers (1e-6).
         dropout: in res blocks.
+        time_scale_shift: the time scales and shifts after the second norm of a res block, rather than being added before it.
+        resnet_resampling: res blocks, rather than convolutions, halve and double height and width. (Both are of Dhariwal and
+            Nichol 2021, arXiv:2105.05233, and of latent diffusion's churches.)
         num_class_embeds: size of the table of class labels (`labels_B`), added to the time embedding; None = no labels.
         vector_dim: length of `vector_BC`, projected and added to the time embedding (SDXL 2816); None = no vector.
         guidance_dim: length of the embedding of the guidance scale (`guidance_B`), for models distilled with it (Meng et al.
@@ -57,6 +60,8 @@ class UNetConfig(ldmkit.Config):
     norm_num_groups: int = Field(32, ge=1)
     norm_eps: float = Field(1e-5, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    time_scale_shift: bool = False
+    resnet_resampling: bool = False
     num_class_embeds: int | None = Field(None, ge=1)
     vector_dim: int | None = Field(None, ge=1)
     guidance_dim: int | None = Field(None, ge=4)

@@ -1,4 +1,4 @@
-"""The `config.json` of diffusers' `UNet2DConditionModel`, read as ours."""
+"""The `config.json` of diffusers' `UNet2DConditionModel`, read as ours and written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ldmkit.errors import ConfigError
 from ldmkit_unet.config import UNetConfig
+from ldmkit_unet.unconditional_config import SAME, convert_unconditional, write_unconditional
 
 # Switches that no Stable Diffusion U-Net turns: what our U-Net is. None stands for "not given".
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -62,7 +63,6 @@ _READ = frozenset(
     }
 )
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
-_PLAIN = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 
@@ -77,14 +77,13 @@ def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {key: value for key, value in values.items() if not key.startswith("_")}
     if values.get("_class_name") == "UNet2DModel":
-        return _unconditional(given)
+        return convert_unconditional(given)
     _refuse_others(given)
     widths = given.get("block_out_channels", (320, 640, 1280, 1280))
     depths = given.get("transformer_layers_per_block", 1)
     depths = [depths] * len(widths) if isinstance(depths, int) else depths
     attended = _attended(given, len(widths))
-    same = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "dropout", "flip_sin_to_cos")
-    return {key: given[key] for key in same if key in given} | {
+    return {key: given[key] for key in SAME if key in given} | {
         "block_out_channels": widths,
         "transformer_layers_per_block": [depth if has else 0 for depth, has in zip(depths, attended, strict=True)],
         "mid_transformer_layers": depths[-1],
@@ -100,48 +99,6 @@ def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _unconditional(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`UNet2DModel`, whose attention blocks are plain and whose `attention_head_dim` is what its name says."""
-    fixed = {
-        **_FIXED,
-        "add_attention": (True, None),
-        "mid_block_type": ("UNetMidBlock2D", None),
-        "attn_norm_num_groups": (None,),
-    }
-    fixed |= {"downsample_type": ("conv", None), "upsample_type": ("conv", None), "num_train_timesteps": (None,)}
-    wrong = [
-        f"{key} = {value!r}"
-        for key, value in sorted(given.items())
-        if key not in _READ | _WITHOUT_EFFECT and not (key in fixed and value in fixed[key])
-    ]
-    if wrong:
-        raise ConfigError(f"diffusers UNet2DModel config: {'; '.join(wrong)} cannot be served")
-    widths = given.get("block_out_channels", (224, 448, 672, 896))
-    kinds = given.get("down_block_types", ("DownBlock2D",) + ("AttnDownBlock2D",) * 3)
-    ups = given.get("up_block_types", ("AttnUpBlock2D",) * 3 + ("UpBlock2D",))
-    attended = [_PLAIN.get(name) for name in kinds]
-    if None in attended or [_PLAIN.get(name) for name in ups] != attended[::-1] or len(attended) != len(widths):
-        raise ConfigError(
-            f"diffusers UNet2DModel config: blocks {list(kinds)} and {list(ups)} must mirror each other: {[*_PLAIN]}"
-        )
-    size = given.get("attention_head_dim", 8)
-    same = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "dropout", "flip_sin_to_cos")
-    return (
-        {"in_channels": 3, "out_channels": 3}
-        | {key: given[key] for key in same if key in given}
-        | {
-            "block_out_channels": widths,
-            "transformer_layers_per_block": [int(bool(has)) for has in attended],
-            "num_attention_heads": [1 if size is None else max(width // size, 1) for width in widths],
-            "attention_block": "plain",
-            "cross_attention_dim": None,
-            "num_class_embeds": given.get("num_class_embeds"),
-            "freq_shift": float(given.get("freq_shift", 0)),
-            "spatial_channels": max(given.get("in_channels", 3) - given.get("out_channels", 3), 0),
-        }
-    )
-
-
 def write_diffusers_config(config: UNetConfig) -> tuple[str, dict[str, Any]]:
     """Our config => the class of diffusers and its `config.json`; what `convert_diffusers_config` reads.
 
@@ -149,14 +106,18 @@ def write_diffusers_config(config: UNetConfig) -> tuple[str, dict[str, Any]]:
         ConfigError: for a U-Net that diffusers cannot express.
     """
     attended = [depth > 0 for depth in config.transformer_layers_per_block]
-    same = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "dropout", "flip_sin_to_cos")
     values = config.to_dict()
-    result = {key: values[key] for key in (*same, "block_out_channels", "num_class_embeds")}
+    result = {key: values[key] for key in (*SAME, "block_out_channels", "num_class_embeds")}
     result |= {"freq_shift": int(config.freq_shift), "downsample_padding": 1, "act_fn": "silu"}
     if config.freq_shift != int(config.freq_shift):
         raise ConfigError(f"freq_shift = {config.freq_shift}: diffusers has whole numbers only")
     if config.attention_block == "plain":
-        return "UNet2DModel", result | _write_unconditional(config, attended)
+        return "UNet2DModel", result | write_unconditional(config)
+    if config.time_scale_shift or config.resnet_resampling:
+        raise ConfigError(
+            f"time_scale_shift = {config.time_scale_shift}, resnet_resampling = {config.resnet_resampling}: diffusers has "
+            "these with attention_block = 'plain' only"
+        )
     if config.cross_attention_dim is None:
         raise ConfigError("diffusers has no U-Net whose transformers have no cross-attention (cross_attention_dim = None)")
     if (
@@ -180,25 +141,6 @@ def write_diffusers_config(config: UNetConfig) -> tuple[str, dict[str, Any]]:
         result |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
         result["projection_class_embeddings_input_dim"] = config.vector_dim
     return "UNet2DConditionModel", result
-
-
-def _write_unconditional(config: UNetConfig, attended: list[bool]) -> dict[str, Any]:
-    sizes = {
-        width // heads
-        for width, heads, has in zip(
-            config.block_out_channels, config.per_level(config.num_attention_heads), attended, strict=True
-        )
-        if has
-    }
-    if len(sizes) > 1 or not config.mid_transformer_layers:
-        raise ConfigError(
-            f"heads of {sorted(sizes)} channels, or no attention in the middle: diffusers' UNet2DModel has one size"
-        )
-    return {
-        "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attended],
-        "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in attended[::-1]],
-        "attention_head_dim": sizes.pop() if sizes else 8,
-    }
 
 
 def _refuse_others(given: Mapping[str, Any]) -> None:

@@ -91,11 +91,18 @@ def test_every_published_list_is_tested(shared: Path) -> None:
 def maps(draw: st.DrawFn) -> KeyMap:
     levels, layers = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     attention = tuple(draw(st.lists(st.booleans(), min_size=levels, max_size=levels)))
-    head = draw(st.sampled_from([None, 2, 4]))
+    heads = draw(st.none() | st.lists(st.sampled_from([2, 4]), min_size=levels, max_size=levels))
+    resampled = draw(st.booleans())
     made = draw(
         st.sampled_from(
             [
-                unet_map(levels=levels, layers_per_block=layers, attention=attention, plain_head_channels=head),
+                unet_map(
+                    levels=levels,
+                    layers_per_block=layers,
+                    attention=attention,
+                    plain_head_channels=heads,
+                    resnet_resampling=resampled,
+                ),
                 vae_map(levels=levels, layers_per_block=layers),
                 clip_map(nested=draw(st.booleans())),
                 open_clip_map(layers=layers),
@@ -144,7 +151,7 @@ def test_open_clip_packs_queries_keys_and_values() -> None:
 def test_plain_attention_packs_head_by_head() -> None:
     """Dhariwal and Nichol's QKVAttentionLegacy: for every head its queries, its keys, its values."""
     packed = torch.arange(12.0).reshape(12, 1, 1)  # two heads of two channels
-    keymap = unet_map(levels=1, layers_per_block=1, attention=(True,), plain_head_channels=2)
+    keymap = unet_map(levels=1, layers_per_block=1, attention=(True,), plain_head_channels=[2])
     got = [rule.take(packed).flatten().tolist() for _, rule in keymap.targets("middle_block.1.qkv.weight")]
     assert got == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 

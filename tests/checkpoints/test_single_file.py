@@ -213,7 +213,7 @@ def test_tokenizers_are_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.
     assert find_tokenizer(file, None) == beside
     given = write_tokenizer(tmp_path / "given")
     assert find_tokenizer(file, given) == find_tokenizer(file, given / "vocab.json") == given
-    with pytest.raises(InputError, match=r"holds neither vocab\.json and merges\.txt nor tokenizer\.json"):
+    with pytest.raises(InputError, match=r"does not hold vocab\.json and merges\.txt or tokenizer\.json"):
         find_tokenizer(file, tmp_path)
 
 

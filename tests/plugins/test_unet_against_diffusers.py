@@ -7,11 +7,12 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from ldmkit import build
+from ldmkit import ConfigError, build
 from ldmkit.testing.accuracy import assert_as_accurate
-from ldmkit_unet.diffusers_config import convert_diffusers_config
+from ldmkit_unet.diffusers_config import convert_diffusers_config, write_diffusers_config
 from ldmkit_unet.presets import PRESETS
 from ldmkit_unet.unet import UNet
+from tests.ldm_peers import CHURCHES, PLAIN
 from tests.network_peers import UNETS, double, peer_unet, randomise, shapes_of, unet_inputs, unet_pair
 
 
@@ -40,30 +41,48 @@ def test_as_accurate_as_diffusers_in_half_precision(dtype: torch.dtype) -> None:
     assert_as_accurate(mine, theirs, oracle)
 
 
+@pytest.mark.parametrize("values", [PLAIN, CHURCHES], ids=["faces", "churches"])
 @torch.no_grad()
-def test_unconditional_as_accurate_as_diffusers() -> None:
-    """The plain attention of the LDM originals without a condition is UNet2DModel's."""
-    widths = {"block_out_channels": (16, 32), "norm_num_groups": 8}
-    types = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    peer = UNet2DModel(in_channels=3, out_channels=3, attention_head_dim=8, **widths, **types).eval()
+def test_unconditional_as_accurate_as_diffusers(values: dict) -> None:
+    """The plain attention of the LDM originals without a condition is UNet2DModel's; its config goes there and back."""
+    peer = UNet2DModel(**values).eval()
     randomise(peer)
-    ours = build(
-        "denoiser",
-        "unet",
-        in_channels=3,
-        out_channels=3,
-        attention_block="plain",
-        cross_attention_dim=None,
-        transformer_layers_per_block=(0, 1),
-        num_attention_heads=4,
-        **widths,
-    ).eval()
+    ours = build("denoiser", "unet", **convert_diffusers_config({**peer.config, "_class_name": "UNet2DModel"})).eval()
     ours.load_state_dict(peer.state_dict())
     x_BCHW, t_B, condition = unet_inputs(ours)
     mine, theirs = ours(x_BCHW, t_B, condition), peer(x_BCHW, t_B).sample
     exact = double(peer)(x_BCHW.double(), t_B).sample
     assert_as_accurate(mine, theirs, exact)
     assert_as_accurate(mine, theirs, double(ours)(x_BCHW.double(), t_B, condition))
+    class_name, written = write_diffusers_config(ours.config)
+    again = UNet2DModel(**written).eval()
+    again.load_state_dict(ours.state_dict())
+    assert torch.equal(again(x_BCHW, t_B).sample, theirs)
+    assert UNet.Config.parse(convert_diffusers_config({**written, "_class_name": class_name})) == ours.config
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift = 'spatial'"),
+        ({"attn_norm_num_groups": None}, "attn_norm_num_groups = None"),
+        ({"downsample_type": "conv"}, "resampled by conv and resnet"),
+        ({"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "resampled by conv and resnet"),
+        ({"mid_block_type": None, "some": 1}, "mid_block_type = None; some = 1"),
+        ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, "must mirror each other"),
+    ],
+)
+def test_unconditional_configs_that_cannot_be_served(change: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        convert_diffusers_config({**CHURCHES, **change, "_class_name": "UNet2DModel"})
+
+
+def test_unconditional_configs_that_diffusers_lacks() -> None:
+    """The churches have as many heads at every level; UNet2DModel has heads of one size."""
+    with pytest.raises(ConfigError, match=r"heads of \[24, 48, 96\] channels"):
+        write_diffusers_config(UNet.Config.parse(PRESETS["ldm-churches"]))
+    with pytest.raises(ConfigError, match="diffusers has these with attention_block = 'plain' only"):
+        write_diffusers_config(UNet.Config(time_scale_shift=True))
 
 
 @pytest.mark.parametrize(
