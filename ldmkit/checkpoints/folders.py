@@ -279,7 +279,8 @@ def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised
         (("text_encoder_2",), 0, False): "StableDiffusionXLImg2ImgPipeline",
         (("image_encoder",), 0, False): "StableDiffusionImageVariationPipeline",
     }
-    if (encoders, extra, noised) not in known:
+    unconditional = any(component.class_name == "UNet2DModel" for component, _ in written.values())
+    if (encoders, extra, noised) not in known or unconditional != (not encoders):
         upscaling = f" and upscaling {'with' if noised else 'without'} noise" if noised or extra == 3 else ""
         raise InputError(
             f"diffusers has no pipeline for the encoders {list(encoders)}, {extra} channels beside the latents"
