@@ -86,13 +86,15 @@ def test_wrong_subjects():
     [
         (["a"], {}, "only one input is given, 'a': give two or more"),
         ([], {"null_input": 7}, "null_input is 7, so that inputs are no texts: give two or more"),
-        ([], {"check": lambda self, inputs: refuse(inputs)}, r"it does not take any text: give two or more .* \(no 'a cat'"),
+        ([], {"check": lambda self, inputs: refuse(inputs)}, r"it refuses the inputs \['a cat', .*: no 'a cat' here; give two"),
     ],
 )
 def test_inputs_are_asked_for_where_the_kit_has_none(inputs, part, told):
     subject = conformance.subject("conditioner", type("Odd", (GoodConditioner,), part), inputs=inputs)
-    (row,) = conformance.check(subject, only=["shapes"])
-    assert re.match(told, row.reason), row.reason
+    report = conformance.check(subject, only=["shapes", "unconditional", "wrong types"])
+    assert re.match(told, report.failures[0].reason), report.failures[0].reason
+    assert report.table().count("smallest case") == 1
+    assert report.table().endswith("  the same reason: unconditional, wrong types")
 
 
 def refuse(inputs):

@@ -29,18 +29,14 @@ DIMENSIONS = {"tokens_BLC": 3, "mask_BL": 2, "vector_BC": 2, "labels_B": 1, "gui
 
 def inputs_of(part: Conditioner, t: Trial) -> list[Any]:
     """The batch of the case: inputs that the subject gives, all different where there are enough."""
-    given: Sequence[Any] = t.case["inputs"] or _texts(part)
+    given: Sequence[Any] = t.case["inputs"] or (TEXTS if isinstance(part.null_input, str) else ())
+    assert given, f"null_input is {part.null_input!r}, so that inputs are no texts: {INPUTS_WANTED}"
     assert len(given) >= 2, f"only one input is given, {given[0]!r}: {INPUTS_WANTED}"
-    return [given[i % len(given)] for i in range(t.batch)]
-
-
-def _texts(part: Conditioner) -> Sequence[str]:
-    assert isinstance(part.null_input, str), f"null_input is {part.null_input!r}, so that inputs are no texts: {INPUTS_WANTED}"
     try:
-        part.check(TEXTS)
+        part.check(given)
     except LdmkitError as error:
-        raise AssertionError(f"it does not take any text: {INPUTS_WANTED} ({error})") from None
-    return TEXTS
+        raise AssertionError(f"it refuses the inputs {list(given)}: {error}; {INPUTS_WANTED}") from None
+    return [given[i % len(given)] for i in range(t.batch)]
 
 
 def fields(condition: Condition) -> tuple[Tensor, ...]:

@@ -86,5 +86,15 @@ class Report:
         ]
         counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (PASSED, FAILED, ABSENT)}
         summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-        failures = [f"\n{row.message()}" for row in self.failures]
-        return "\n".join([f"{self.kind} {self.name}", "", *lines, "", summary, *failures])
+        return "\n".join([f"{self.kind} {self.name}", "", *lines, "", summary, *self._told()])
+
+    def _told(self) -> list[str]:
+        """Failures in full; of those with one reason, the first."""
+        alike: dict[str, list[Row]] = {}
+        for row in self.failures:
+            alike.setdefault(row.reason, []).append(row)
+        others = {reason: ", ".join(row.name for row in rows[1:]) for reason, rows in alike.items()}
+        return [
+            f"\n{rows[0].message()}" + (f"\n  the same reason: {others[reason]}" if others[reason] else "")
+            for reason, rows in alike.items()
+        ]
