@@ -86,7 +86,13 @@ class Prediction:
         """What x is divided by for the network."""
         if self.config.type == "flow":
             return level.alpha + level.sigma
-        return math.hypot(level.sigma, level.alpha * self.config.sigma_data) if self.config.sigma_data else level.scale
+        return math.hypot(level.sigma, level.alpha * (self.config.sigma_data or 1.0))
+
+    def input_scale_B(self, alpha_B: Tensor, sigma_B: Tensor) -> Tensor:
+        """The same with one level per image, (B,)."""
+        if self.config.type == "flow":
+            return alpha_B + sigma_B
+        return torch.sqrt((alpha_B * (self.config.sigma_data or 1.0)) ** 2 + sigma_B**2)
 
     def to_x0(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
         """Raw output at x => x0."""
@@ -116,16 +122,14 @@ class Prediction:
     def target(self, x0: Tensor, noise: Tensor, alpha_B: Tensor, sigma_B: Tensor) -> Tensor:
         """The training target at x = alpha x0 + sigma noise, (B, C, H, W), with one level per image, (B,)."""
         shape = (-1,) + (1,) * (x0.ndim - 1)
-        scale_B = torch.sqrt(alpha_B**2 + sigma_B**2)
+        scale_B = self.input_scale_B(alpha_B, sigma_B)
         a, s = (alpha_B / scale_B).view(shape), (sigma_B / scale_B).view(shape)
         if self.config.type == "sample":
             return x0
         if self.config.type == "flow":
             return noise - x0
         if self.config.sigma_data is not None:  # (x0 - c_skip x) / c_out
-            width_B = torch.sqrt(sigma_B**2 + (alpha_B * self.config.sigma_data) ** 2)
-            on_x0, on_noise = (sigma_B / width_B / self.config.sigma_data), alpha_B * self.config.sigma_data / width_B
-            return (on_x0.view(shape) * x0 - on_noise.view(shape) * noise).to(x0.dtype)
+            return (s / self.config.sigma_data * x0 - a * self.config.sigma_data * noise).to(x0.dtype)
         if self.config.type == "v_prediction":
             return (a * noise - s * x0).to(x0.dtype)
         if self.config.x0_above_sigma is None:

@@ -50,7 +50,8 @@ def level_weight(config: WeightingConfig, prediction: Prediction, alpha_B: Tenso
 
     Min-SNR weights the error of x0 by min(SNR, gamma) (Hang et al. 2023, sec. 3.4). In the network's own terms that is
     min(SNR, gamma) / SNR for epsilon, and min(SNR, gamma) / (SNR + 1) for v, since |eps error|^2 = SNR |x0 error|^2 and
-    |v error|^2 = (SNR + 1) |x0 error|^2. At SNR = 0 the weight of epsilon is its limit, 1.
+    |v error|^2 = (SNR + 1) |x0 error|^2; for flow and edm it is the square of what their outputs are multiplied by in x0. At
+    SNR = 0 the weight of epsilon is its limit, 1.
     """
     if config.name == "uniform":
         return torch.ones_like(alpha_B)
@@ -60,6 +61,9 @@ def level_weight(config: WeightingConfig, prediction: Prediction, alpha_B: Tenso
         return clipped_B
     if prediction.config.type == "v_prediction":
         return clipped_B / (snr_B + 1)
+    if prediction.config.type in ("flow", "edm"):
+        on_output_B = sigma_B / prediction.input_scale_B(alpha_B, sigma_B) * (prediction.config.sigma_data or 1.0)
+        return clipped_B * on_output_B.square()
     epsilon_B = (config.gamma / snr_B).clamp(max=1)
     above = prediction.config.x0_above_sigma
     return epsilon_B if above is None else torch.where(sigma_B > above * alpha_B, clipped_B, epsilon_B)
@@ -83,12 +87,13 @@ def diffusion_loss(
     Args:
         x0_BCHW: final latents.
         noise_BCHW: standard normal.
-        alpha_B, sigma_B, t_B: the level of each picture: x = alpha x0 + sigma noise, and the time the network is told.
+        alpha_B, sigma_B, t_B: the level of each picture: x = alpha x0 + sigma noise, which the network sees divided by the
+            prediction's input scale, and the time it is told.
         weight_B: see `level_weight`; 1 where not given.
         distance: (output, target) => (B,), instead of the mean squared error.
     """
     shape = (-1, *[1] * (x0_BCHW.ndim - 1))
-    scale_B = torch.sqrt(alpha_B.square() + sigma_B.square())
+    scale_B = prediction.input_scale_B(alpha_B, sigma_B)
     x_BCHW = (alpha_B / scale_B).view(shape) * x0_BCHW + (sigma_B / scale_B).view(shape) * noise_BCHW
     output = denoiser(x_BCHW, t_B, condition)
     target = prediction.target(x0_BCHW, noise_BCHW, alpha_B, sigma_B)

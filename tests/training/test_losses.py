@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldmkit import Condition, Config, Denoiser, Level, NoiseSchedule, Prediction
+from ldmkit import Condition, Config, Denoiser, EDMSchedule, FlowSchedule, Level, Model, NoiseSchedule, Prediction
 from ldmkit.training import diffusion_loss, level_weight, pixel_loss
 from ldmkit.training.recipes import WeightingConfig
 
@@ -17,6 +17,8 @@ PREDICTIONS = [
     {"type": "v_prediction"},
     {"type": "sample"},
     {"type": "epsilon", "x0_above_sigma": 2.0},
+    {"type": "flow"},
+    {"type": "edm", "sigma_data": 0.4},
 ]
 
 
@@ -66,11 +68,83 @@ def test_a_network_that_knows_x0_has_no_loss(kind: dict[str, Any]) -> None:
     assert loss_B.shape == (4,)
     # The loss is taken in float32: an error of a few eps of the answer, squared.
     assert loss_B.max() <= (4 * torch.finfo(torch.float32).eps * answer.abs().max()) ** 2
-    noisy = torch.stack(
-        [(level.alpha * x + level.sigma * n) / level.scale for x, n, level in zip(x0, noise, found, strict=True)]
-    )
+    rows = zip(x0, noise, found, strict=True)
+    noisy = torch.stack([(level.alpha * x + level.sigma * n) / prediction.input_scale(level) for x, n, level in rows])
     assert torch.allclose(denoiser.asked[0], noisy, rtol=0, atol=1e-12)
     assert torch.equal(denoiser.asked[1], numbers["t_B"])
+
+
+class Affine(Denoiser):
+    """w x + b."""
+
+    in_channels = out_channels = 1
+    multiple_of = 1
+    accepts = requires = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = Config()
+        self.w, self.b = (torch.nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        return self.w * x_BCHW + self.b
+
+
+MEAN, SPREAD = 0.3, 0.5
+CORNERS = torch.tensor([(a, b) for a in (-1.0, 1.0) for b in (-1.0, 1.0)], dtype=torch.float64).view(4, 2, 1, 1, 1)
+"""Four pairs whose first and second moments are those of independent standard normal numbers."""
+
+
+def best(denoiser: Affine, prediction: Prediction, level: Level) -> None:
+    """Sets w and b to where the gradient of the mean loss, which is affine in them, is zero."""
+
+    def gradient(w: float, b: float) -> Tensor:
+        denoiser.w.data.fill_(w)
+        denoiser.b.data.fill_(b)
+        alpha_B, sigma_B, t_B = (torch.full((4,), n, dtype=torch.float64) for n in (level.alpha, level.sigma, level.t))
+        x0, noise = MEAN + SPREAD * CORNERS[:, 0], CORNERS[:, 1]
+        loss_B = diffusion_loss(
+            denoiser, prediction, x0, Condition(), noise, alpha_B=alpha_B, sigma_B=sigma_B, t_B=t_B
+        )  # fmt: skip
+        return torch.stack(torch.autograd.grad(loss_B.mean(), [denoiser.w, denoiser.b]))
+
+    at_zero = gradient(0, 0)
+    curvature = torch.stack([gradient(1, 0) - at_zero, gradient(0, 1) - at_zero], dim=1)
+    w, b = torch.linalg.solve(curvature, -at_zero).tolist()
+    denoiser.w.data.fill_(w)
+    denoiser.b.data.fill_(b)
+
+
+LEVELS = {
+    "ddpm": [NoiseSchedule().level(t) for t in (0, 300, 999)],
+    "zero-snr": [NoiseSchedule(NoiseSchedule.Config(rescale_betas_zero_snr=True)).level(999)],
+    "flow": [FlowSchedule().level(t) for t in (20, 400, 1000)],
+    "edm": [EDMSchedule().at(ratio) for ratio in (0.01, 0.5, 80.0)],
+}
+
+
+@pytest.mark.parametrize("schedule", LEVELS)
+@pytest.mark.parametrize("kind", PREDICTIONS, ids=str)
+@torch.no_grad()
+def test_the_least_loss_is_that_of_the_posterior_mean(kind: dict[str, Any], schedule: str) -> None:
+    """On Gaussian data: what training ends at is, read by `Model`, E[x0 | x], at every level."""
+    prediction = Prediction(Prediction.Config.parse(kind))
+    for level in LEVELS[schedule]:
+        if level.alpha == 0 and prediction.kind_at(level) == "epsilon":
+            continue  # says nothing of x0 there
+        denoiser = Affine()
+        with torch.enable_grad():
+            best(denoiser, prediction, level)
+        x = torch.linspace(-2, 2, 5, dtype=torch.float64).view(1, 1, 1, 5)
+        variance = level.alpha**2 * SPREAD**2 + level.sigma**2
+        posterior_mean = MEAN + level.alpha * SPREAD**2 / variance * (x - level.alpha * MEAN)
+        found = Model(denoiser, prediction)(x, level, Condition())
+        raw = denoiser(x / prediction.input_scale(level), x, Condition())
+        denoiser.b.data += 1
+        on_output = (Model(denoiser, prediction)(x, level, Condition()) - found).abs().max()
+        # The loss is taken in float32: some eps of the raw output, in terms of x0.
+        limit = 64 * torch.finfo(torch.float32).eps * on_output * (1 + raw.abs().max())
+        assert (found - posterior_mean).abs().max() <= limit, level
 
 
 @pytest.mark.parametrize("kind", PREDICTIONS, ids=str)
