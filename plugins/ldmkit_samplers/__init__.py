@@ -23,6 +23,7 @@ def ldmkit_examples() -> Iterable[Example]:
     return [
         *(Example(kind="sampler", name=name, noiseless=values) for name, values in NOISELESS.items()),
         *(Example(kind="sampler", name=name, consistency=True) for name in CONSISTENCY),
+        *(Example(kind="sampler", name=name, fixed_steps=values) for name, values in FIXED_STEPS.items()),
     ]
 
 
@@ -67,3 +68,5 @@ NOISELESS: Mapping[str, Mapping[str, Any]] = {
 """By what values of their config those that draw noise of their own accord follow the probability flow."""
 CONSISTENCY = ("consistency", "lcm", "tcd")
 """Those for models whose prediction is the image itself, not the mean of the images it may be."""
+FIXED_STEPS: Mapping[str, Mapping[str, Any]] = {"dpm-adaptive": {"icoeff": 0.0}}
+"""By what values those that choose their own steps take as many as they are told: here a controller that heeds no error."""

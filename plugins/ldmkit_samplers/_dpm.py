@@ -75,13 +75,16 @@ def decay(level: Level, to: Level) -> float:
     return (to.sigma * level.alpha) / (level.sigma * to.alpha)
 
 
+INVERSE_FACTORIALS = tuple(1 / math.factorial(j) for j in range(24))
+
+
 def phi(k: int, z: float) -> float:
     """phi_k(z) = (phi_(k-1)(z) - 1 / (k-1)!) / z, phi_0 = exp: the integrals of exponential integrators (Hochbruck and
     Ostermann 2010, doi:10.1017/S0962492910000048, eq. 2.10), by their series where the differences would cancel.
     """
     if abs(z) < 1:
-        return sum(z**j / math.factorial(j + k) for j in range(20))
-    return math.exp(z) if k == 0 else (phi(k - 1, z) - 1 / math.factorial(k - 1)) / z
+        return sum(z**j * share for j, share in enumerate(INVERSE_FACTORIALS[k : k + 20]))
+    return math.exp(z) if k == 0 else (phi(k - 1, z) - INVERSE_FACTORIALS[k - 1]) / z
 
 
 def log_snr(level: Level) -> float:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from ldmkit.interfaces import Level, SamplerState
@@ -38,12 +37,16 @@ def along_the_flow(x: Tensor, level: Level, to: Level, weights: Sequence[float],
     return sum(((to.alpha * w) * e for w, e in zip(weights, estimates, strict=True)), start=(to.alpha / level.alpha) * x)
 
 
-def lagrange_weights(nodes: Sequence[float], low: float, high: float) -> list[float]:
-    """The integrals from low to high of the Lagrange polynomials that are 1 at one node and 0 at the others."""
+def lagrange_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """The integrals of the Lagrange polynomials that are 1 at one node and 0 at the others, moments[k] being that of u^k.
+
+    With nodes counted from where a step starts, powers do not cancel.
+    """
     weights = []
     for i, node in enumerate(nodes):
-        others = np.array([other for j, other in enumerate(nodes) if j != i])
-        # In units around `low`, so that the powers do not cancel.
-        polynomial = np.poly1d(np.poly(others - low) if len(others) else [1.0]) / np.prod(node - others)
-        weights.append(float(polynomial.integ()(high - low)))
+        polynomial, size = [1.0], 1.0
+        for other in (*nodes[:i], *nodes[i + 1 :]):
+            polynomial = [below - other * here for below, here in zip([0.0, *polynomial], [*polynomial, 0.0], strict=True)]
+            size *= node - other
+        weights.append(sum(a * moment for a, moment in zip(polynomial, moments, strict=True)) / size)
     return weights

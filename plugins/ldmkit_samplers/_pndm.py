@@ -47,12 +47,12 @@ class PNDMFamily(SpacedSampler):
         memory: Memory = remember(state, noise_in(x, denoised, level), 4)
         if level.alpha == 0:
             return Transition(euler(x, denoised, level, to), 0.0, denoised, memory)
-        if len(memory) >= self.enough or to.sigma == 0:
-            weights = ADAMS_BASHFORTH[len(memory) - 1]
-            noise = sum((w * e for w, (e, _) in zip(weights, memory, strict=True)), start=x * 0)
+        if len(memory) < self.enough and to.sigma > 0:
+            ahead = transfer(x, self.starting(denoise, state, memory[0][0]), level, to)
         else:
-            noise = self.starting(denoise, state, memory[0][0])
-        return Transition(transfer(x, noise, level, to), 0.0, denoised, memory)
+            weights = [(to.ratio - level.ratio) * share for share in ADAMS_BASHFORTH[len(memory) - 1]]
+            ahead = along_the_flow(x, level, to, weights, [estimate for estimate, _ in memory])
+        return Transition(ahead, 0.0, denoised, memory)
 
 
 def transfer(x: Tensor, noise: Tensor, level: Level, to: Level) -> Tensor:

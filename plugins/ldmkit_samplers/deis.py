@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 
 from ldmkit.interfaces import Denoise, SamplerFacts, SamplerState, Transition
-from ldmkit_samplers._dpm import DPMConfig, DPMFamily, few
-from ldmkit_samplers._multistep import along_the_flow, noise_in, remember
+from ldmkit_samplers._dpm import DPMConfig, DPMFamily, few, phi
+from ldmkit_samplers._multistep import along_the_flow, lagrange_weights, noise_in, remember
 from ldmkit_samplers._two_stage import euler
 
 
@@ -51,14 +50,8 @@ class DEISSampler(DPMFamily):
 def _weights(ratios: list[float], to: float) -> list[float]:
     """Integrals over r from ratios[0] to `to` of the Lagrange polynomials in u = log(r / ratios[0]) through `ratios`.
 
-    With dr = r du they are integrals of polynomials times e^u, exact by parts: the sum of (-1)^k p^(k)(u) e^u.
+    With dr = r du that of u^k is `to` u'^(k+1) k! phi_(k+1)(-u'), u' = log(to / ratios[0]).
     """
-    here = ratios[0]
-    nodes, end = [math.log(ratio / here) for ratio in ratios], math.log(to / here)
-    weights = []
-    for i, node in enumerate(nodes):
-        others = [other for j, other in enumerate(nodes) if j != i]
-        polynomial = np.poly1d(np.poly(others)) / math.prod(node - other for other in others)
-        antiderivative = sum(((-1) ** k * polynomial.deriv(k) for k in range(len(others) + 1)), start=np.poly1d([0.0]))
-        weights.append(float(to * antiderivative(end) - here * antiderivative(0.0)))
-    return weights
+    nodes, end = [math.log(ratio / ratios[0]) for ratio in ratios], math.log(to / ratios[0])
+    moments = [to * end ** (k + 1) * math.factorial(k) * phi(k + 1, -end) for k in range(len(nodes))]
+    return lagrange_weights(nodes, moments)

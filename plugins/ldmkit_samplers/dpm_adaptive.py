@@ -57,16 +57,21 @@ class DPMAdaptiveSampler(DPMFamily):
         order: int = Field(3, ge=2, le=3)
         rtol: float = Field(0.05, gt=0)
         atol: float = Field(0.0078, gt=0)
-        h_init: float | None = Field(None, gt=0)
+        h_init: float | None = Field(None, ge=SHORTEST)
         pcoeff: float = 0.0
         icoeff: float = 1.0
         dcoeff: float = 0.0
-        accept_safety: float = Field(0.81, gt=0)
+        accept_safety: float = Field(0.81, gt=0, le=1)
         eta: float = Field(0.0, ge=0, le=1)
         s_noise: float = Field(1.0, ge=0)
 
     facts = SamplerFacts(
-        order=3, evaluations=3, stochastic=False, source="Lu et al. 2022, arXiv:2206.00927; k-diffusion", stages=False
+        order=3,
+        evaluations=3,
+        stochastic=False,
+        source="Lu et al. 2022, arXiv:2206.00927; k-diffusion",
+        stages=False,
+        adaptive=True,
     )
 
     def __init__(self, config: DPMAdaptiveSampler.Config) -> None:
@@ -77,7 +82,7 @@ class DPMAdaptiveSampler(DPMFamily):
         after = super().step(denoise, state, noise)
         visited, ahead = list(state.levels)[: state.step + 1], list(state.levels)[state.step + 1 :]
         reached = after.history[-1]
-        here = next((level for level in ahead if abs(level.ratio - reached) <= reached * SAME), None)
+        here = next((level for level in ahead if level.ratio == reached), None)
         rest = [level for level in ahead if level.ratio < reached * (1 - SAME)]
         return dataclasses.replace(after, levels=state.levels.through([*visited, here or state.levels.between(reached), *rest]))
 
@@ -97,6 +102,11 @@ class DPMAdaptiveSampler(DPMFamily):
         controller, before = self._memory(state, end)
         noise = noise_in(state.x, denoised, level)
         while True:
+            if controller.h < SHORTEST:
+                raise NumericalError(
+                    f"dpm-adaptive finds no step from sigma / alpha = {level.ratio:g} with an error within rtol = "
+                    f"{config.rtol:g}, atol = {config.atol:g} in {state.x.dtype}; raise them, or use a wider dtype"
+                )
             left = math.log(level.ratio / end.ratio)
             to = end if controller.h > left - SAME else state.levels.between(level.ratio * math.exp(-controller.h))
             down, up = ancestral(level, to, config.eta)
@@ -112,11 +122,6 @@ class DPMAdaptiveSampler(DPMFamily):
             controller, accepted = self._propose(controller, error)
             if accepted:
                 break
-            if controller.h < SHORTEST:
-                raise NumericalError(
-                    f"dpm-adaptive finds no step from sigma / alpha = {level.ratio:g} with an error within rtol = "
-                    f"{config.rtol:g}, atol = {config.atol:g} in {state.x.dtype}; raise them, or use a wider dtype"
-                )
         std = to.alpha * math.sqrt(max(0.0, (to.ratio - below.ratio) * (to.ratio + below.ratio))) * config.s_noise
         history = ((controller.h, controller.inverse, low), to.ratio)
         return Transition((to.alpha / below.alpha) * high, std, denoised, history, interval=(level.ratio, to.ratio))
@@ -126,7 +131,7 @@ class DPMAdaptiveSampler(DPMFamily):
             h, inverse, before = state.history[0]
             return Controller(h, inverse), before
         h = self.config.h_init or math.log(state.level.ratio / end.ratio) / state.levels.num_steps
-        return Controller(h), state.x / state.level.alpha
+        return Controller(max(h, SHORTEST)), state.x / state.level.alpha
 
     def _pair(self, denoise: Denoise, state: SamplerState, noise: Tensor, to: Level) -> tuple[Tensor, Tensor]:
         """The results of the lower and the higher order (Lu et al. 2022, alg. 1 and 2; alg. 4 with r1 = 1/3, r2 = 2/3)."""

@@ -45,18 +45,24 @@ class DPMSinglestepSampler(DPMFamily):
         super().__init__(config)
 
     def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
-        """The deterministic step; the history holds the block's first x, and its estimates so far, oldest first."""
+        """The deterministic step; the history holds the block's first x, its estimates so far, oldest first, and the x that the
+        last step led to: what was blended into it since, or changed by a callback, is carried back to the block's start.
+        """
         level, to = state.level, state.next_level
         denoised = denoise(state.x, level)
         on_noise = self.config.algorithm_type == "dpmsolver"
         estimate = noise_in(state.x, denoised, level) if on_noise else denoised
         order = orders(state.levels, self.config.order)[state.step]
         if order == 1:
-            return Transition(euler(state.x, denoised, level, to), 0.0, denoised, (state.x, (estimate,)))
-        start, before = state.history
+            x = euler(state.x, denoised, level, to)
+            return Transition(x, 0.0, denoised, (state.x, (estimate,), x))
+        start, before, led_to = state.history
         estimates = (*before, estimate)
         block = state.levels[state.step - order + 1 : state.step + 2]
-        return Transition(self._step(start, block, estimates), 0.0, denoised, (start, estimates))
+        back = block[0].alpha / level.alpha if on_noise else block[0].sigma / level.sigma
+        start = start + back * (state.x - led_to)
+        x = self._step(start, block, estimates)
+        return Transition(x, 0.0, denoised, (start, estimates, x))
 
     def _step(self, start: Tensor, block: Levels, estimates: tuple[Tensor, ...]) -> Tensor:
         """From the block's first level to its last, by the estimates at all but the last."""

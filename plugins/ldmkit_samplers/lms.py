@@ -36,6 +36,7 @@ class LMSSampler(EulerFamily):
         memory = remember(state, noise_in(state.x, denoised, level), self.config.order)
         if level.alpha == 0:
             return Transition(euler(state.x, denoised, level, to), 0.0, denoised, memory)
-        weights = lagrange_weights([ratio for _, ratio in memory], level.ratio, to.ratio)
+        nodes, length = [ratio - level.ratio for _, ratio in memory], to.ratio - level.ratio
+        weights = lagrange_weights(nodes, [length ** (k + 1) / (k + 1) for k in range(len(nodes))])
         x = along_the_flow(state.x, level, to, weights, [estimate for estimate, _ in memory])
         return Transition(x, 0.0, denoised, memory)

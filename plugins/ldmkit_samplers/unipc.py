@@ -6,13 +6,12 @@ import dataclasses
 import math
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from ldmkit.interfaces import Denoise, Level, SamplerFacts, SamplerState, Transition
 from ldmkit_samplers._dpm import DPMConfig, DPMFamily, decay, log_snr, phi
-from ldmkit_samplers._multistep import Memory, remember
+from ldmkit_samplers._multistep import Memory, lagrange_weights, remember
 
 
 class UniPCSampler(DPMFamily):
@@ -74,17 +73,18 @@ class UniPCSampler(DPMFamily):
             changes.append(at_end - newest)
         weights = _weights(places, h, self._b_of(h), simple=at_end is None or not older)
         on = -to.alpha * self._b_of(h)
-        return sum(((on * w / r) * change for w, r, change in zip(weights, places, changes, strict=True)), start=newest * 0)
+        parts = [(on * w / r) * change for w, r, change in zip(weights, places, changes, strict=True)]
+        return sum(parts[1:], start=parts[0])
 
     def _b_of(self, h: float) -> float:
         return -h if self.config.solver_type == "bh1" else math.expm1(-h)
 
 
 def _weights(places: list[float], h: float, b_of_h: float, *, simple: bool) -> list[float]:
-    """a of eq. 5 (R a = b), in h' = -h; `simple` takes 1/2 for a single place, as the authors do (any value keeps order 2)."""
+    """a of eq. 5 (R a = b, R being the places' powers), in h' = -h; `simple` takes 1/2 for a single place, as the authors do
+    (any value keeps order 2).
+    """
     if len(places) == 1 and simple:
         return [0.5]
-    k = len(places)
-    rows = [[place**i for place in places] for i in range(k)]
-    b = [-h * phi(i + 1, -h) * math.factorial(i) / b_of_h for i in range(1, k + 1)]
-    return [float(a) for a in np.linalg.solve(np.array(rows), np.array(b))]
+    b = [-h * phi(i + 1, -h) * math.factorial(i) / b_of_h for i in range(1, len(places) + 1)]
+    return lagrange_weights(places, b)

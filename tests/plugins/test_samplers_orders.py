@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -67,9 +68,9 @@ def error_of(sampler, n):
     for i in range(before + n):
         state = sampler.step(denoise, state, None)
         if i < before:
-            here = levels[i].alpha * z  # a corrector keeps where it started from
-            history = tuple(here if isinstance(entry, torch.Tensor) else entry for entry in state.history)
-            z = exact(z, levels[i].ratio, levels[i + 1].ratio)
+            here, z = z, exact(z, levels[i].ratio, levels[i + 1].ratio)
+            latents = iter((levels[i].alpha * here, levels[i + 1].alpha * z))  # where a block started, where a step led to
+            history = tuple(next(latents) if isinstance(entry, torch.Tensor) else entry for entry in state.history)
             state = SamplerState(x=levels[i + 1].alpha * z, levels=levels, step=i + 1, history=history)
     return float((state.x / state.level.alpha - TRUTH).abs().max())
 
@@ -83,10 +84,13 @@ NOISELESS = {
     "dpm++-3m-sde": {"eta": 0.0},
     "restart": {"intervals": []},
 }
-PLAIN = ("ddim", "plms", "pndm", "euler", "heun", "dpm-2", "lms", "dpm-singlestep", "dpm++-2m", "deis", "unipc")
+ONE_LENGTH = {"icoeff": 0.0}
+"""A controller that heeds no error: as many steps as there are levels, of one length in log ratio."""
+PLAIN = ("ddim", "plms", "pndm", "euler", "heun", "dpm-2", "lms", "dpm-singlestep", "dpm++-2m", "dpm++-3m", "deis", "unipc")
 ORDERS = [
     *((name, {}, None) for name in PLAIN),
     *((name, config, None) for name, config in NOISELESS.items()),
+    *(("dpm-adaptive", {"order": k, **ONE_LENGTH}, k) for k in (2, 3)),
     *(("lms", {"order": k}, k) for k in (1, 2, 3)),
     *(("deis", {"order": k}, k) for k in (1, 3)),
     *(("unipc", {"order": k}, k + 1) for k in (1, 3)),
@@ -111,6 +115,22 @@ def test_the_measured_order_is_the_declared_one(name, config, order):
     assert math.log(errors[0] / errors[1], more / fewer) == pytest.approx(order, abs=0.15), errors
 
 
+@pytest.mark.parametrize(("order", "coarsest"), [(2, 14), (3, 24)])
+def test_adaptive_steps_have_the_declared_order(order, coarsest):
+    """Steps as long as the tolerance allows: the error goes with the tolerance, and with evaluations^-order."""
+    evaluations, errors, tolerances = [], [], [2.0 ** -(coarsest + k) for k in (0, 3, 6)]
+    for tolerance in tolerances:
+        sampler, counted = build("sampler", "dpm-adaptive", order=order, rtol=tolerance, atol=tolerance), Mock(wraps=denoise)
+        state = SamplerState(x=timed(math.log(HIGH)).alpha * POINTS, levels=even_levels(20, 0, 0))
+        while not state.done:
+            state = sampler.step(counted, state, None)
+        evaluations.append(counted.call_count)
+        errors.append(float((state.x / state.level.alpha - TRUTH).abs().max()))
+    of_tolerance, of_evaluations = (np.polyfit(np.log(x), np.log(errors), 1)[0] for x in (tolerances, evaluations))
+    assert of_tolerance == pytest.approx(1, abs=0.15), errors
+    assert -of_evaluations == pytest.approx(order, abs=0.15), (evaluations, errors)
+
+
 def test_inversion_and_back_return_at_the_declared_order():
     """DDIM up from nearly no noise, and down again."""
     up, down = build("sampler", "ddim-inverse"), build("sampler", "ddim")
@@ -126,6 +146,11 @@ def test_inversion_and_back_return_at_the_declared_order():
             state = down.step(denoise, state, None)
         errors.append(float((state.x - start).abs().max()))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(up.facts.order, abs=0.15), errors
+
+
+def test_no_declared_order_is_left_out():
+    measured = {name for name, _, order in ORDERS if order is None} | {"ddim-inverse", "dpm-adaptive"}
+    assert measured == {name for name in available("sampler") if build("sampler", name).facts.order is not None}
 
 
 def test_every_sampler_says_what_it_is():
