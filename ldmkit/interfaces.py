@@ -590,6 +590,8 @@ class SamplerFacts:
         inpainting: whether the kept part of an image can be blended in after each step.
         resume: whether a run can go on from a saved state.
         stages: whether a run can be handed over to another model after any of its steps, which goes on without a history.
+        adaptive: whether a run chooses its own steps: its levels say where it begins and ends, and guess how many steps there
+            are; one length of step serves the whole batch.
     """
 
     order: int | None
@@ -601,6 +603,7 @@ class SamplerFacts:
     inpainting: bool = True
     resume: bool = True
     stages: bool = True
+    adaptive: bool = False
 
 
 class Sampler(Part):

@@ -156,10 +156,12 @@ def test_samplers_as_table_and_json(capsys):
     shown = capsys.readouterr().out
     assert re.search(r"^heun +2 +2 a step +- +Karras et al\. 2022", shown, flags=re.M)
     assert re.search(r"^ddpm +- +1 a step +yes +Ho et al\. 2020", shown, flags=re.M)
+    assert re.search(r"^dpm-adaptive +3 +3 an attempt +- +Lu et al\. 2022", shown, flags=re.M)
     assert main(["samplers", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     told = {"order": 4, "evaluations": 1, "stochastic": False, "source": "k-diffusion"}
-    assert facts["lms"] == told | dict.fromkeys(("from_noise", "image_to_image", "inpainting", "resume"), True)
+    can = dict.fromkeys(("from_noise", "image_to_image", "inpainting", "resume", "stages"), True)
+    assert facts["lms"] == told | can | {"adaptive": False}
 
 
 def test_schema(capsys):

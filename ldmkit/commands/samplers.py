@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append((name, "?", "?", "?", "says nothing of itself"))
         else:
             order = "-" if known.order is None else str(known.order)
-            rows.append((name, order, f"{known.evaluations} a step", "yes" if known.stochastic else "-", known.source))
+            evaluations = f"{known.evaluations} {'an attempt' if known.adaptive else 'a step'}"
+            rows.append((name, order, evaluations, "yes" if known.stochastic else "-", known.source))
     print(table(("sampler", "order", "evaluations", "noise", "source"), rows))
     return 0

@@ -10,11 +10,6 @@ from ldmkit.cli import main
 from ldmkit.testing import conformance
 from ldmkit.testing.conformance import denoisers
 
-OTHER_RUNS = {
-    "ddim-inverse": "it leads an image up to its noise, where the suite's runs come down from noise",
-    "dpm-adaptive": "it finds its own levels, so that there are no numbers of steps to compare",
-}
-"""Samplers whose runs the suite's properties do not speak of; tests of their own hold them."""
 BUILT_IN = [(part.kind, part.name) for plugin in registry().plugins if plugin.builtin for part in plugin.components]
 SILENT = {
     ("autoencoder", "identity"): {"scale and shift"},
@@ -23,7 +18,7 @@ SILENT = {
 """What says nothing about a part, beside the order of a sampler that declares none."""
 
 
-@pytest.mark.parametrize(("kind", "name"), [part for part in BUILT_IN if part[1] not in OTHER_RUNS])
+@pytest.mark.parametrize(("kind", "name"), BUILT_IN)
 def test_a_built_in_part_passes_its_suite(kind, name):
     named = f"ldmkit:{name}"
     subject = conformance.pipeline(named) if kind == "pipeline" else conformance.subject(kind, named)

@@ -1,5 +1,6 @@
 """A sampler for every property, broken so that the property does not hold."""
 
+import dataclasses
 import time
 
 import pydantic
@@ -7,10 +8,10 @@ import torch
 from pydantic import Field
 
 import ldmkit
-from ldmkit import Levels, SamplerFacts
+from ldmkit import Level, Levels, SamplerFacts
 from ldmkit.config import Config as BaseConfig
 from ldmkit.testing import conformance
-from tests.testing.good_parts import GoodSampler
+from tests.testing.good_parts import GoodAdaptive, GoodInverse, GoodSampler
 
 
 class Lax(GoodSampler):
@@ -182,6 +183,61 @@ class Rising(GoodSampler):
         return Levels(list(levels), at=schedule.at)
 
 
+class Upwards(GoodSampler):
+    """Goes up in noise from pure noise."""
+
+    def levels(self, schedule, num_inference_steps):
+        return super().levels(schedule, num_inference_steps).reversed()
+
+
+class Jumbled(GoodInverse):
+    """Has a user's timesteps the other way round."""
+
+    def levels_from_timesteps(self, schedule, timesteps):
+        return super().levels_from_timesteps(schedule, timesteps).reversed()
+
+
+class Wandering(GoodAdaptive):
+    """Takes other steps than it is told, and does not say so."""
+
+    facts = SamplerFacts(order=1, evaluations=1, stochastic=False, source="nowhere")
+
+
+class Rewriting(GoodAdaptive):
+    """Changes the levels that it has passed."""
+
+    def step(self, denoise, state, noise):
+        after = super().step(denoise, state, noise)
+        first = Level(after.levels[0].alpha, after.levels[0].sigma, after.levels[0].t + 1)
+        return dataclasses.replace(after, levels=after.levels.through([first, *list(after.levels)[1:]]))
+
+
+class Obedient(GoodSampler):
+    """Says that it chooses its steps, and takes those that it is told."""
+
+    facts = SamplerFacts(order=1, evaluations=1, stochastic=False, source="nowhere", adaptive=True)
+
+
+class Led(GoodAdaptive):
+    """Adapts to the first image of the batch."""
+
+    def transition(self, denoise, state):
+        return super().transition(lambda x, level: denoise(x, level) + 0.01 * x[:1].mean(), state)
+
+
+class Astray(GoodInverse):
+    """Goes too far up."""
+
+    def transition(self, denoise, state):
+        return super().transition(lambda x, level: 0.9 * denoise(x, level), state)
+
+
+class OptimisticInverse(GoodInverse):
+    """Says that it is of second order."""
+
+    facts = dataclasses.replace(GoodInverse.facts, order=2)
+
+
 BROKEN = {
     "config is strict": Lax,
     "config round-trips": Forgetful,
@@ -203,3 +259,16 @@ BROKEN = {
     "log-probability of steps": Unlikely,
 }
 """By the property that sees it."""
+
+BROKEN_OTHERWISE = [
+    ("levels fall, as many as asked for", Upwards),
+    ("a user's own levels", Jumbled),
+    ("shapes and dtypes", Wandering),
+    ("stateless", Rewriting),
+    ("facts", Obedient),
+    ("images are independent", Led),
+    ("a point mass is reached", Astray),
+    ("a Gaussian's variance is reached", Astray),
+    ("declared order", OptimisticInverse),
+]
+"""The same for samplers that go up, or choose their steps."""

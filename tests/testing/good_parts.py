@@ -8,7 +8,19 @@ from pydantic import Field
 from torch import nn
 
 import ldmkit
-from ldmkit import Autoencoder, Condition, Conditioner, Denoiser, Level, Levels, Posterior, Sampler, SamplerFacts, Transition
+from ldmkit import (
+    Autoencoder,
+    Condition,
+    Conditioner,
+    Denoiser,
+    Level,
+    Levels,
+    Posterior,
+    Sampler,
+    SamplerFacts,
+    SamplerState,
+    Transition,
+)
 from ldmkit.errors import InputError, InputTypeError
 
 
@@ -38,6 +50,60 @@ class GoodSampler(Sampler):
         std = self.config.eta * to.sigma * math.sqrt(1 - kept**2)
         on_x = math.sqrt(to.sigma**2 - std**2) / level.sigma
         return Transition(on_x * state.x + (to.alpha - on_x * level.alpha) * x0, std, x0)
+
+
+class GoodInverse(GoodSampler):
+    """Euler's method from an image up to its noise."""
+
+    facts = SamplerFacts(
+        order=1, evaluations=1, stochastic=False, source="Song et al. 2021", from_noise=False, inpainting=False
+    )
+
+    class Config(ldmkit.Config):
+        """Nothing to choose."""
+
+    def levels(self, schedule, num_inference_steps):
+        return super().levels(schedule, num_inference_steps).reversed()
+
+    def levels_from_timesteps(self, schedule, timesteps):
+        return super().levels_from_timesteps(schedule, timesteps).reversed()
+
+    def init(self, noise, levels, *, start=None):
+        return SamplerState(x=start, levels=levels)
+
+    def transition(self, denoise, state):
+        level, to = state.level, state.next_level
+        x0 = denoise(state.x, to)  # at the level it goes to: an image shows no noise
+        noise = (state.x - to.alpha * x0) / to.sigma
+        return Transition(to.alpha / level.alpha * state.x + (to.sigma - to.alpha * level.ratio) * noise, 0.0, x0)
+
+
+class GoodAdaptive(GoodSampler):
+    """Euler's method, that takes two steps for each that it is told."""
+
+    facts = SamplerFacts(order=1, evaluations=1, stochastic=False, source="Euler 1768", adaptive=True)
+
+    class Config(GoodSampler.Config):
+        """Attributes:
+        eta: as before.
+        halve: whether it takes two.
+        """
+
+        halve: bool = True
+
+    def step(self, denoise, state, noise):
+        return dataclasses.replace(super().step(denoise, state, noise), levels=self._halved(state).levels)
+
+    def transition(self, denoise, state):
+        halved = self._halved(state)
+        return dataclasses.replace(super().transition(denoise, halved), history=() if halved is state else (1,))
+
+    def _halved(self, state):
+        if state.history or not self.config.halve or state.level.alpha == 0:
+            return state
+        levels, middle = list(state.levels), state.levels.between((state.level.ratio + state.next_level.ratio) / 2)
+        levels.insert(state.step + 1, middle)
+        return dataclasses.replace(state, levels=state.levels.through(levels))
 
 
 class GoodDenoiser(Denoiser):

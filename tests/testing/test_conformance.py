@@ -9,7 +9,14 @@ import ldmkit
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.testing import conformance
 from tests.testing import broken_networks, broken_samplers
-from tests.testing.good_parts import GoodAutoencoder, GoodConditioner, GoodDenoiser, GoodSampler
+from tests.testing.good_parts import (
+    GoodAdaptive,
+    GoodAutoencoder,
+    GoodConditioner,
+    GoodDenoiser,
+    GoodInverse,
+    GoodSampler,
+)
 
 GOOD = {
     "sampler": conformance.subject("sampler", GoodSampler),
@@ -23,12 +30,17 @@ BROKEN = {
     "autoencoder": broken_networks.AUTOENCODERS,
     "conditioner": broken_networks.CONDITIONERS,
 }
-MUTANTS = [(kind, name) for kind, broken in BROKEN.items() for name in broken]
+MUTANTS = [(kind, name, broken) for kind, mutants in BROKEN.items() for name, broken in mutants.items()]
+MUTANTS += [("sampler", name, broken) for name, broken in broken_samplers.BROKEN_OTHERWISE]
+ALSO_GOOD = {
+    "inverse": conformance.subject("sampler", GoodInverse),
+    "adaptive": conformance.subject("sampler", GoodAdaptive, fixed_steps={"halve": False}),
+}
 
 
-@pytest.mark.parametrize("kind", GOOD)
-def test_a_good_part_passes(kind):
-    report = conformance.check(GOOD[kind])
+@pytest.mark.parametrize("subject", [*GOOD.values(), *ALSO_GOOD.values()], ids=str)
+def test_a_good_part_passes(subject):
+    report = conformance.check(subject)
     assert report.passed, report.table()
     assert {row.verdict for row in report} == {"passed"}
 
@@ -38,9 +50,8 @@ def test_every_property_has_a_broken_part(kind):
     assert set(BROKEN[kind]) == {prop.name for prop in conformance.PROPERTIES[kind]}
 
 
-@pytest.mark.parametrize(("kind", "name"), MUTANTS, ids=[f"{kind}: {name}" for kind, name in MUTANTS])
-def test_a_broken_part_is_caught(kind, name):
-    broken = BROKEN[kind][name]
+@pytest.mark.parametrize(("kind", "name", "broken"), MUTANTS, ids=[f"{kind}: {name}" for kind, name, _ in MUTANTS])
+def test_a_broken_part_is_caught(kind, name, broken):
     subject = broken if isinstance(broken, conformance.Subject) else conformance.subject(kind, broken)
     (row,) = conformance.check(subject, only=[name])
     assert row.verdict == "failed"
@@ -71,6 +82,13 @@ def test_a_suite_is_three_lines():
 
     with pytest.raises(AssertionError, match=r"written in: ldmkit\.Config"):
         TestBad().test_conforms(conformance.PROPERTIES["sampler"][0])
+
+
+def test_laws_of_an_adaptive_sampler_need_its_fixed_steps():
+    laws = ["a Gaussian's variance is reached", "declared order"]
+    report = conformance.check(conformance.subject("sampler", GoodAdaptive), only=laws)
+    assert {(row.name, row.verdict) for row in report} == {(name, "not applicable") for name in laws}
+    assert all("`fixed_steps` does not say" in row.reason for row in report)
 
 
 def test_wrong_subjects():

@@ -41,8 +41,8 @@ def subject(kind: str, part: str | type[Any], **options: Any) -> Subject:
 
     Args:
         part: its registered name, or its class while it is not registered yet.
-        options: what `Subject` describes: configs, inputs, condition, noiseless, consistency. What is not given is taken from
-            the plugin's hook `ldmkit_examples`, for a part by name.
+        options: what `Subject` describes: configs, inputs, condition, noiseless, consistency, fixed_steps. What is not given
+            is taken from the plugin's hook `ldmkit_examples`, for a part by name.
 
     Raises:
         InputError: a kind without a suite. UnknownPartError, PluginError: as `ldmkit.part_class`, and where the hook fails.

@@ -68,19 +68,28 @@ def on_the_flow(ratio: float) -> Tensor:
 
 
 def flow_error(sampler: Sampler, n: int) -> float:
-    """After n steps from HIGH to LOW, even in sigma / alpha. The first ones are told the exact latents, so that a multistep
-    method begins with an exact memory.
+    """After n steps from HIGH to LOW (from LOW up, where levels rise), even in sigma / alpha if the sampler takes them so. The
+    first are told the exact latents, so that a multistep method begins with an exact memory.
     """
     step = (HIGH - LOW) / n
     ratios = [HIGH + (BEFORE - i) * step for i in range(BEFORE + n + AFTER + 1)]
-    levels = Levels([_in_time(r) for r in ratios], at=_in_time, at_time=lambda t: vp_level(t / 100, t))
-    state = SamplerState(x=levels[0].alpha * on_the_flow(ratios[0]), levels=levels)
-    for i in range(BEFORE + n):
+    falling = Levels([_in_time(r) for r in ratios], at=_in_time, at_time=lambda t: vp_level(t / 100, t))
+    levels = _its_way(sampler, falling)
+    state = SamplerState(x=_exact(levels[0]), levels=levels)
+    while state.step < BEFORE + n:
         state = sampler.step(mixture, state, _Silence(state.x))
-        if i < BEFORE:
-            x = levels[i + 1].alpha * on_the_flow(ratios[i + 1])
-            state = SamplerState(x=x, levels=levels, step=i + 1, history=state.history)
-    return float((state.x / state.level.alpha - on_the_flow(ratios[BEFORE + n])).abs().max())
+        if state.step <= BEFORE:
+            state = SamplerState(x=_exact(state.level), levels=state.levels, step=state.step, history=state.history)
+    return float((state.x - _exact(state.level)).abs().max()) / state.level.alpha
+
+
+def _exact(level: Level) -> Tensor:
+    return level.alpha * on_the_flow(level.ratio)
+
+
+def _its_way(sampler: Sampler, falling: Levels) -> Levels:
+    """The levels from an image up, where that is the sampler's way."""
+    return falling.reversed() if sampler.levels(NoiseSchedule(), 2).rising else falling
 
 
 def _in_time(ratio: float) -> Level:
@@ -126,8 +135,7 @@ def variance_error(sampler: Sampler, n: int, spread: float, *, consistency: bool
     D of a Gaussian is linear, so x is a sum of draws with coefficients. Each draw gets an element of the latents to itself:
     what stands there in the end is its coefficient, and the variance follows without any sampling.
     """
-    schedule = NoiseSchedule()
-    levels = Levels([schedule.at(r) for r in np.geomspace(14.0, 0.06, n + 1).tolist()], at=schedule.at, at_time=schedule.level)
+    levels = _even(sampler, n)
     elements = 64 * n
     draws = _OneByOne(elements)
     x = torch.zeros(1, 1, 1, elements, dtype=torch.float64)
@@ -140,6 +148,22 @@ def variance_error(sampler: Sampler, n: int, spread: float, *, consistency: bool
     variance = float(coefficients @ draws.covariance() @ coefficients)
     want = _variance(levels[-1], spread)
     return abs(variance - want) / want
+
+
+def ray_error(sampler: Sampler, n: int, x0: Tensor, noise: Tensor) -> float:
+    """How far a run of n steps is off alpha x0 + sigma noise in the end, where all data is x0."""
+    levels = _even(sampler, n)
+    state = SamplerState(x=levels[0].alpha * x0 + levels[0].sigma * noise, levels=levels)
+    while not state.done:
+        state = sampler.step(told(sampler, lambda x, level: x0), state, _Silence(state.x))
+    return float((state.x - levels[-1].alpha * x0 - levels[-1].sigma * noise).abs().max())
+
+
+def _even(sampler: Sampler, n: int) -> Levels:
+    """n steps, even in log(sigma / alpha)."""
+    schedule = NoiseSchedule()
+    levels = [schedule.at(ratio) for ratio in np.geomspace(14.0, 0.06, n + 1).tolist()]
+    return _its_way(sampler, Levels(levels, at=schedule.at, at_time=schedule.level))
 
 
 def _variance(level: Level, spread: float) -> float:
