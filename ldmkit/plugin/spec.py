@@ -309,7 +309,8 @@ class Example:
             number, or as the name of the config field that says it.
         noiseless: of a sampler that draws noise by default: the config values that turn that off.
         consistency: of a sampler: whether it is for consistency models.
-        fixed_steps: of an adaptive sampler: the config values with which it takes as many steps as it is told.
+        measured_at: of a sampler: the config values with which laws of many steps hold, where others do not do; of an adaptive
+            one, those with which it takes as many steps as it is told.
 
     Raises:
         PluginError: for an unknown kind.
@@ -322,7 +323,7 @@ class Example:
     condition: Mapping[str, int | str] = field(default_factory=dict)
     noiseless: Mapping[str, Any] = field(default_factory=dict)
     consistency: bool = False
-    fixed_steps: Mapping[str, Any] = field(default_factory=dict)
+    measured_at: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

@@ -20,11 +20,7 @@ def ldmkit_components() -> Iterable[Component]:
 @hookimpl
 def ldmkit_examples() -> Iterable[Example]:
     """What checks cannot know by themselves."""
-    return [
-        *(Example(kind="sampler", name=name, noiseless=values) for name, values in NOISELESS.items()),
-        *(Example(kind="sampler", name=name, consistency=True) for name in CONSISTENCY),
-        *(Example(kind="sampler", name=name, fixed_steps=values) for name, values in FIXED_STEPS.items()),
-    ]
+    return [Example(kind="sampler", name=name, **told) for name, told in EXAMPLES.items()]
 
 
 SAMPLERS = (
@@ -56,17 +52,17 @@ SAMPLERS = (
 )
 """Name, target, summary."""
 
-NOISELESS: Mapping[str, Mapping[str, Any]] = {
-    "euler-ancestral": {"eta": 0.0},
-    "dpm-2-ancestral": {"eta": 0.0},
-    "dpm++-2s-ancestral": {"eta": 0.0},
-    "dpm++-sde": {"eta": 0.0},
-    "dpm++-2m-sde": {"eta": 0.0},
-    "dpm++-3m-sde": {"eta": 0.0},
-    "restart": {"intervals": []},
+EXAMPLES: Mapping[str, Mapping[str, Any]] = {
+    "euler-ancestral": {"noiseless": {"eta": 0.0}},
+    "dpm-2-ancestral": {"noiseless": {"eta": 0.0}},
+    "dpm-adaptive": {"measured_at": {"icoeff": 0.0}},  # a controller that heeds no error: as many steps as it is told
+    "dpm++-2s-ancestral": {"noiseless": {"eta": 0.0}},
+    "dpm++-sde": {"noiseless": {"eta": 0.0}},
+    "dpm++-2m-sde": {"noiseless": {"eta": 0.0}},
+    "dpm++-3m-sde": {"noiseless": {"eta": 0.0}},
+    "lcm": {"consistency": True},
+    "tcd": {"measured_at": {"eta": 0.0}},  # else it wants a model that answers for jumps to before the next level
+    "consistency": {"consistency": True},
+    "restart": {"noiseless": {"intervals": []}},
 }
-"""By what values of their config those that draw noise of their own accord follow the probability flow."""
-CONSISTENCY = ("consistency", "lcm", "tcd")
-"""Those for models whose prediction is the image itself, not the mean of the images it may be."""
-FIXED_STEPS: Mapping[str, Mapping[str, Any]] = {"dpm-adaptive": {"icoeff": 0.0}}
-"""By what values those that choose their own steps take as many as they are told: here a controller that heeds no error."""
+"""By name, what checks are to know of a sampler: see `ldmkit.plugin.spec.Example`."""

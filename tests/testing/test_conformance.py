@@ -34,7 +34,7 @@ MUTANTS = [(kind, name, broken) for kind, mutants in BROKEN.items() for name, br
 MUTANTS += [("sampler", name, broken) for name, broken in broken_samplers.BROKEN_OTHERWISE]
 ALSO_GOOD = {
     "inverse": conformance.subject("sampler", GoodInverse),
-    "adaptive": conformance.subject("sampler", GoodAdaptive, fixed_steps={"halve": False}),
+    "adaptive": conformance.subject("sampler", GoodAdaptive, measured_at={"halve": False}),
 }
 
 
@@ -84,11 +84,11 @@ def test_a_suite_is_three_lines():
         TestBad().test_conforms(conformance.PROPERTIES["sampler"][0])
 
 
-def test_laws_of_an_adaptive_sampler_need_its_fixed_steps():
+def test_laws_of_an_adaptive_sampler_need_its_measured_at():
     laws = ["a Gaussian's variance is reached", "declared order"]
     report = conformance.check(conformance.subject("sampler", GoodAdaptive), only=laws)
     assert {(row.name, row.verdict) for row in report} == {(name, "not applicable") for name in laws}
-    assert all("`fixed_steps` does not say" in row.reason for row in report)
+    assert all("`measured_at` does not say" in row.reason for row in report)
 
 
 def test_wrong_subjects():

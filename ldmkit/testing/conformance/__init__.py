@@ -41,7 +41,7 @@ def subject(kind: str, part: str | type[Any], **options: Any) -> Subject:
 
     Args:
         part: its registered name, or its class while it is not registered yet.
-        options: what `Subject` describes: configs, inputs, condition, noiseless, consistency, fixed_steps. What is not given
+        options: what `Subject` describes: configs, inputs, condition, noiseless, consistency, measured_at. What is not given
             is taken from the plugin's hook `ldmkit_examples`, for a part by name.
 
     Raises:

@@ -40,8 +40,8 @@ class Subject:
             it; or a function that gives the numbers from the config.
         noiseless: of a sampler that draws noise by default: the config values that turn it into its probability flow.
         consistency: of a sampler: whether its `denoise` is to be a consistency function, not the posterior's mean.
-        fixed_steps: of an adaptive sampler: the config values with which it takes as many steps as it is told, of one length in
-            log(sigma / alpha); its laws are measured so.
+        measured_at: of a sampler: the config values with which its laws of many steps are measured, where they do not hold for
+            the others: of an adaptive one, those with which it takes as many steps as it is told, even in log(sigma / alpha).
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Subject:
     condition: Mapping[str, int | str] | Callable[[Any], Mapping[str, int]] = field(default_factory=dict)
     noiseless: Values = field(default_factory=dict)
     consistency: bool = False
-    fixed_steps: Values = field(default_factory=dict)
+    measured_at: Values = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name or self.part.__name__}"

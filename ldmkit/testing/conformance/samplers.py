@@ -284,7 +284,7 @@ def point_mass(t: Trial) -> None:
 
 def gaussian(t: Trial) -> None:
     """On Gaussian data, whose D is linear, the variance at the end of a run goes to the data's as steps grow in number."""
-    sampler = t.build(**t.subject.fixed_steps)
+    sampler = t.build(**t.subject.measured_at)
     errors = [laws.variance_error(sampler, n, SPREAD, consistency=t.subject.consistency) for n in (60, 120)]
     assert errors[1] <= max(0.7 * errors[0], 1e-3), (
         f"the variance is off by {errors[0]:.3g} of itself after 60 steps, and by {errors[1]:.3g} after 120"
@@ -294,7 +294,7 @@ def gaussian(t: Trial) -> None:
 def order(t: Trial) -> None:
     """The error of the probability flow, without the sampler's noise, falls with `facts.order` at least."""
     declared = t.subject.part.facts.order  # type: ignore[attr-defined]
-    sampler: Any = t.subject.part.build(**t.subject.noiseless, **t.subject.fixed_steps)
+    sampler: Any = t.subject.part.build(**t.subject.noiseless, **t.subject.measured_at)
     errors = [laws.flow_error(sampler, n) for n in (160, 320)]
     measured = math.log2(errors[0] / errors[1]) if min(errors) > 0 else math.inf
     assert measured >= declared - 0.25, (
@@ -332,9 +332,9 @@ def _no_facts(subject: Subject) -> str | None:
 
 def _no_given_steps(subject: Subject) -> str | None:
     known = subject.part.facts  # type: ignore[attr-defined]
-    if known is None or not known.adaptive or subject.fixed_steps:
+    if known is None or not known.adaptive or subject.measured_at:
         return None
-    return "it chooses its own steps, and `fixed_steps` does not say how it takes given ones"
+    return "it chooses its own steps, and `measured_at` does not say how it takes given ones"
 
 
 def _no_order(subject: Subject) -> str | None:
