@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -47,6 +48,8 @@ SKIPPED = {
 """Components that are left out, and why."""
 UPSCALER_DEFAULTS = {"guidance_scale": 9.0, "num_inference_steps": 75}
 """Of diffusers' x4 upscaler."""
+UPSCALER_SCALING = 0.08333
+"""Of its latents."""
 IGNORED = {r"(.*\.)?position_ids$": "a constant, 0 to 76, that old versions stored"}
 WEIGHT_FILES = tuple(f"{stem}{end}" for stem in STEMS for end in (".safetensors.index.json", ".safetensors", "-*.safetensors"))
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -88,6 +91,9 @@ def read_folder(
         }
         if not sources and kind not in without and kind != "conditioner":
             raise CheckpointError(f"{folder / INDEX} names no {' or '.join(names)}; pass {kind}=...")
+        if LOW_RES in present and "vae" in sources:  # which old copies of the x4 upscaler do not say, and diffusers knows
+            told = {"scaling_factor": UPSCALER_SCALING, **sources["vae"].config}
+            sources["vae"] = dataclasses.replace(sources["vae"], config=told)
         if sources:
             part, accounting = assemble(kind, sources, tokenizers, dtype=dtype, device=device, strict=strict)
             arguments[kind], arguments["accounting"][kind] = part, accounting

@@ -17,7 +17,7 @@ from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.assembling import Source, UnexpectedKeysWarning, assemble
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.filling import DType, check_dtype
-from ldmkit.checkpoints.folders import UPSCALER_DEFAULTS
+from ldmkit.checkpoints.folders import UPSCALER_DEFAULTS, UPSCALER_SCALING
 from ldmkit.checkpoints.found import Found
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
 from ldmkit.checkpoints.recognise import IGNORED, VAE, recognise
@@ -165,7 +165,7 @@ def _scaling(family: str, tensors: Mapping[str, Tensor]) -> float:
     stored = tensors.get("scale_factor")
     if stored is not None and stored.numel() == 1:
         return float(stored)
-    return {"xl": 0.13025, "x4": 0.08333, **dict.fromkeys(ORIGINALS, 1.0)}.get(family, 0.18215)
+    return {"xl": 0.13025, "x4": UPSCALER_SCALING, **dict.fromkeys(ORIGINALS, 1.0)}.get(family, 0.18215)
 
 
 def _settings(

@@ -1,5 +1,7 @@
 """The x4 upscaler: beside diffusers' own, from its folder and from a single file, and back; what it refuses."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,15 @@ def test_the_folder_says_all(pipe: Pipeline, saved: Path, tmp_path: Path) -> Non
     assert (drawn(again) - drawn(before)).abs().max() < 1e-12  # weights lie at other addresses, where products round otherwise
     for folder in (theirs, pipe.save_pretrained(tmp_path / "ours")):
         assert torch.equal(drawn(Pipeline.from_pretrained(folder, dtype=torch.float64)), drawn(pipe))
+
+
+def test_old_copies_do_not_say_how_their_latents_are_scaled(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "old"))
+    config = folder / "vae" / "config.json"
+    config.write_text(
+        json.dumps({key: value for key, value in json.loads(config.read_text()).items() if key != "scaling_factor"})
+    )
+    assert Pipeline.from_pretrained(folder).autoencoder.config.scaling_factor == 0.08333
 
 
 def test_pictures_are_larger_by_the_autoencoders_factor(pipe: Pipeline) -> None:
