@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 CHUNK = "ldmkit"
 SETTINGS = (
-    "model", "sampler", "steps", "guidance", "negative", "height", "width", "image", "mask", "strength", "noise_level", "dtype",
+    "model", "sampler", "steps", "guidance", "negative", "height", "width", "image", "mask", "strength", "noise_level",
+    "image_prompt", "dtype",
 )  # fmt: skip
 """Options that decide a picture, beside its prompt, seed and number."""
+FILES = ("image", "mask", "image_prompt")
+"""Those that name a picture."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="FILE", help="start from this picture, or upscale it (by the model)")
     parser.add_argument("--strength", type=float, help="how far to go from --image, 0 to 1")
     parser.add_argument("--noise-level", type=int, metavar="N", help="of upscalers: how much noise hides --image's flaws")
+    parser.add_argument("--image-prompt", metavar="FILE", help="a picture instead of a PROMPT, for models that vary pictures")
     parser.add_argument("--mask", metavar="FILE", help="repaint --image where this picture is white")
     parser.add_argument("--like", metavar="PICTURE.png", help="draw again what drew this picture; other options change it")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
@@ -66,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
         seed = recorded["seed"] if seed is None else seed
         prompts, first = prompts or [recorded["prompt"]], recorded["number"]
         _check_same_inputs(recorded, settings)
+    if settings["image_prompt"] is not None:
+        if args.prompt:
+            raise InputError(f"--image-prompt {settings['image_prompt']} is instead of a PROMPT; give one of them")
+        prompts = prompts or [Path(settings["image_prompt"]).stem]
     if not prompts:
         raise InputError("nothing to draw: give a PROMPT, or --like PICTURE.png")
     for name, value in (("-n", args.n), ("--batch", args.batch)):
@@ -87,11 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
         seed = secrets.randbits(32)
     options = _call_options(settings)
+    shown = options.pop("image_prompt", None)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), args.batch):
         batch = prompts[start : start + args.batch]
         drawn = pipe(
-            batch,
+            **({"prompt": batch} if shown is None else {"image_prompt": [shown] * len(batch)}),
             seed=seed,
             first_image=first + start,
             callback_on_step_end=preview,
@@ -162,10 +171,14 @@ def _call_options(settings: dict[str, Any]) -> dict[str, Any]:
         "width": "width", "strength": "strength", "noise_level": "noise_level",
     }  # fmt: skip
     options = {theirs: settings[ours] for ours, theirs in names.items() if settings[ours] is not None}
-    for ours, theirs in (("image", "image"), ("mask", "mask_image")):
-        if settings[ours] is not None:
-            options[theirs] = _open(Path(settings[ours]), f"--{ours}")
+    for name in FILES:
+        if settings[name] is not None:
+            options["mask_image" if name == "mask" else name] = _open(Path(settings[name]), _option(name))
     return options
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _open(path: Path, option: str) -> Image.Image:
@@ -221,7 +234,7 @@ def _metadata(settings: dict[str, Any], prompt: str, seed: int, number: int, pip
     from ldmkit.checkpoints.pipelines import INDEX
 
     used = {name: value for name, value in settings.items() if value is not None}
-    for name in ("image", "mask"):
+    for name in FILES:
         if name in used:
             used[name] = str(Path(used[name]).resolve())
             used[f"{name}_sha256"] = _sha256(Path(used[name]))
@@ -235,17 +248,17 @@ def _metadata(settings: dict[str, Any], prompt: str, seed: int, number: int, pip
 
 
 def _check_same_inputs(recorded: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in ("image", "mask"):
-        path = settings[name]
+    for name in FILES:
+        path, option = settings[name], _option(name)
         if path is None or path != recorded.get(name):
             continue
         if not Path(path).is_file():
             raise InputError(
-                f"--like: the picture was drawn from --{name} {path}, which is gone; pass --{name} with where it is now"
+                f"--like: the picture was drawn from {option} {path}, which is gone; pass {option} with where it is now"
             )
         if _sha256(Path(path)) != recorded[f"{name}_sha256"]:
             raise InputError(
-                f"--like: {path} has changed since the picture was drawn; pass --{name} {path} to use it as it is now"
+                f"--like: {path} has changed since the picture was drawn; pass {option} {path} to use it as it is now"
             )
 
 

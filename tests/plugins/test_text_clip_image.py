@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ldmkit import ConfigError, InputError, InputTypeError, Pipeline, build
+from ldmkit.cli import main
 from ldmkit.testing.accuracy import assert_as_accurate
 from tests.checkpoint_peers import SD
 from tests.network_peers import UNETS, VAES, double, randomise
@@ -135,6 +136,22 @@ def test_variations_as_diffusers_draws_them_and_back(saved: Path, tmp_path: Path
     for folder in (theirs, pipe.save_pretrained(tmp_path / "ours")):
         loaded = Pipeline.from_pretrained(folder, dtype=torch.float64)
         assert torch.equal(drawn(loaded, image_prompt=pictures, num_images_per_prompt=copies), mine)
+
+
+def test_from_the_command_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture().save(tmp_path / "cat.png")
+    common = ["generate", "--model", str(saved), "--no-progress", "-o", str(tmp_path / "out")]
+    given_picture = ["--image-prompt", str(tmp_path / "cat.png"), "--steps", "2", "--seed", "1"]
+    assert main([*common, *given_picture, "-n", "2", "--batch", "1"]) == 0
+    first, second = (Image.open(tmp_path / f"out/cat-{k}.png").tobytes() for k in (1, 2))
+    assert first != second
+    assert main([*common, "--like", str(tmp_path / "out/cat-2.png")]) == 0
+    assert Image.open(tmp_path / "out/cat-3.png").tobytes() == second
+    assert main([*common, "a cat", *given_picture]) == 2
+    assert "is instead of a PROMPT" in capsys.readouterr().err
+    picture(5).save(tmp_path / "cat.png")
+    assert main([*common, "--like", str(tmp_path / "out/cat-2.png")]) == 2
+    assert "pass --image-prompt" in capsys.readouterr().err
 
 
 def test_a_vector_for_the_time_embedding() -> None:
