@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     for start in range(0, len(prompts), args.batch):
         batch = prompts[start : start + args.batch]
         drawn = pipe(
-            **({"prompt": batch} if shown is None else {"image_prompt": [shown] * len(batch)}),
+            batch if shown is None else None,
+            image_prompt=None if shown is None else [shown] * len(batch),
             seed=seed,
             first_image=first + start,
             callback_on_step_end=preview,
