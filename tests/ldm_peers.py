@@ -112,16 +112,26 @@ def unconditional(unet: dict[str, Any], autoencoder: Any) -> Any:
     return quiet(diffusers.LDMPipeline(vqvae=autoencoder.eval(), unet=network, scheduler=scheduler))
 
 
+def super_resolution() -> Any:
+    """LDMSuperResolutionPipeline; its autoencoder tells a scale, which the pipeline passes over."""
+    unet = diffusers.UNet2DModel(**{**PLAIN, "in_channels": 6, "out_channels": 3}, sample_size=8).eval()
+    autoencoder = diffusers.VQModel(**{**VQ, "scaling_factor": 0.18215}).eval()
+    randomise(unet, 1)
+    randomise(autoencoder, 2)
+    scheduler = diffusers.DDIMScheduler(beta_start=0.0015, beta_end=0.0155, **SCHEDULER)
+    return quiet(diffusers.LDMSuperResolutionPipeline(vqvae=autoencoder, unet=unet, scheduler=scheduler))
+
+
 def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def drawn(pipe: Any, *, dtype: torch.dtype = torch.float32, channels: int = 4, **arguments: Any) -> Tensor:
+def drawn(pipe: Any, *, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (2, 4, 8, 8), **arguments: Any) -> Tensor:
     """Final latents, of ours or theirs: from the same noise, in a few steps. Theirs are what they give the decoder."""
-    start = torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
     if isinstance(pipe, Pipeline):
-        count = 1 if {"prompt", "class_labels"} & arguments.keys() else 2
+        count = 1 if {"prompt", "class_labels"} & arguments.keys() else shape[0]
         told = {"num_inference_steps": 4, "num_images_per_prompt": count, **arguments}
         return quiet(pipe)(output_type="latent", latents=start, **told).images
     caught: list[Tensor] = []
@@ -133,7 +143,8 @@ def drawn(pipe: Any, *, dtype: torch.dtype = torch.float32, channels: int = 4, *
         else:
             patch.setattr(module, "randn_tensor", lambda *args, **options: start)
         pipe(output_type="np", num_inference_steps=4, **arguments)
-    return caught[0] * pipe.vqvae.config.scaling_factor
+    unscaled = isinstance(pipe, diffusers.LDMSuperResolutionPipeline)
+    return caught[0] if unscaled else caught[0] * pipe.vqvae.config.scaling_factor
 
 
 def exact(peer: Any, **arguments: Any) -> Tensor:

@@ -32,7 +32,9 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "conditioner": ("text_encoder", "text_encoder_2", "bert", "image_encoder"),
 }
 """The components that make up our parts."""
-LATENT_DIFFUSION = ("LDMTextToImagePipeline", "LDMPipeline")
+SUPER_RESOLUTION = "LDMSuperResolutionPipeline"
+"""Of diffusers, for latent diffusion's; it decodes latents as they are, whatever `scaling_factor` its autoencoder says."""
+LATENT_DIFFUSION = ("LDMTextToImagePipeline", "LDMPipeline", SUPER_RESOLUTION)
 """Pipelines of diffusers for the originals of latent diffusion."""
 TOKENIZERS = ("tokenizer", "tokenizer_2", "feature_extractor")
 """Folders without weights that a conditioner reads."""
@@ -50,6 +52,8 @@ UPSCALER_DEFAULTS = {"guidance_scale": 9.0, "num_inference_steps": 75}
 """Of diffusers' x4 upscaler."""
 UPSCALER_SCALING = 0.08333
 """Of its latents."""
+SUPER_RESOLUTION_DEFAULTS = {"num_inference_steps": 100}
+"""Of diffusers' super-resolution by latent diffusion."""
 IGNORED = {r"(.*\.)?position_ids$": "a constant, 0 to 76, that old versions stored"}
 WEIGHT_FILES = tuple(f"{stem}{end}" for stem in STEMS for end in (".safetensors.index.json", ".safetensors", "-*.safetensors"))
 _LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -82,7 +86,7 @@ def read_folder(
         ConfigError, UnknownPartError: for components or settings that cannot be served, by name.
     """
     check_dtype(dtype)
-    present = components(folder, without)
+    present, pipeline_class = components(folder, without), read_object(folder / INDEX).get("_class_name")
     arguments: dict[str, Any] = {"accounting": {}, "conditioner": None}
     tokenizers = {name: folder / name for name in TOKENIZERS if name in present}
     for kind, names in COMPONENTS.items():
@@ -94,13 +98,19 @@ def read_folder(
         if LOW_RES in present and "vae" in sources:  # which old copies of the x4 upscaler do not say, and diffusers knows
             told = {"scaling_factor": UPSCALER_SCALING, **sources["vae"].config}
             sources["vae"] = dataclasses.replace(sources["vae"], config=told)
+        if pipeline_class == SUPER_RESOLUTION and kind == "autoencoder":
+            unscaled = {"scaling_factor": 1.0}
+            sources = {name: dataclasses.replace(each, config={**each.config, **unscaled}) for name, each in sources.items()}
         if sources:
             part, accounting = assemble(kind, sources, tokenizers, dtype=dtype, device=device, strict=strict)
             arguments[kind], arguments["accounting"][kind] = part, accounting
     if "scheduler" in present and not {"sampler", "schedule", "prediction"} <= set(without):
         arguments |= read_scheduler(read_object(folder / "scheduler" / "scheduler_config.json"))
     unet = read_object(folder / "unet" / "config.json") if "unet" in present else {}
-    arguments["defaults"] = _defaults(unet, arguments.get("autoencoder"), read_object(folder / INDEX).get("_class_name"))
+    arguments["defaults"] = _defaults(unet, arguments.get("autoencoder"), pipeline_class)
+    if pipeline_class == SUPER_RESOLUTION and "upscaling" not in without:
+        arguments["upscaling"] = {}
+        arguments["defaults"] |= SUPER_RESOLUTION_DEFAULTS
     if LOW_RES in present and not {LOW_RES, "upscaling"} & set(without):
         schedule = read_betas(read_object(folder / LOW_RES / "scheduler_config.json"))
         noise = {"schedule": schedule, "max_level": read_object(folder / INDEX).get("max_noise_level", 350)}
@@ -198,7 +208,8 @@ def write_folder(
             raise ConfigError(f"the {kind} {type(part).__name__} has no counterpart in diffusers; save in our own format")
         written |= {name: (component, part) for name, component in part.to_diffusers().items()}
     low_res = settings["upscaling"].to_dict()["noise"] if "upscaling" in settings else None
-    scheduler, pipeline_class = _scheduler(parts["sampler"], settings), _pipeline_class(parts, written, low_res is not None)
+    noised = low_res is not None if "upscaling" in settings else None
+    scheduler, pipeline_class = _scheduler(parts["sampler"], settings), _pipeline_class(parts, written, noised)
     written = _placed(written, pipeline_class)
     height, downscale = settings["defaults"].height, getattr(parts["autoencoder"], "downscale", 1)
     sample_size = None if height is None else height // downscale
@@ -228,12 +239,16 @@ def _placed(written: dict[str, Any], pipeline_class: str) -> dict[str, Any]:
     """The components under the names of this pipeline's: the latent-diffusion originals call every autoencoder `vqvae`.
 
     Raises:
-        InputError: for an autoencoder that the pipeline does not take.
+        InputError: for an autoencoder that the pipeline does not take, or whose scale it passes over.
     """
     place = "vqvae" if pipeline_class in LATENT_DIFFUSION else "vae"
     result = {place if name in COMPONENTS["autoencoder"] else name: value for name, value in written.items()}
     if place == "vae" and any(component.class_name == "VQModel" for component, _ in written.values()):
         raise InputError(f"diffusers' {pipeline_class} takes no VQModel as its autoencoder; save in our own format")
+    if pipeline_class == SUPER_RESOLUTION and (scale := result[place][0].config["scaling_factor"]) != 1:
+        raise InputError(
+            f"diffusers' {pipeline_class} decodes latents unscaled, and scaling_factor = {scale}; use our own format"
+        )
     return result
 
 
@@ -266,28 +281,29 @@ def _write_component(folder: Path, component: Written, part: Any, limit: int | N
     write_weights(folder, component.names.restore(own), max_shard_size=limit, stem=STEMS[component.library != "diffusers"])
 
 
-def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised: bool) -> str:
+def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised: bool | None) -> str:
     """The pipeline of diffusers that serves these components. Raises: InputError where there is none.
 
     Args:
-        noised: whether it upscales, and noises the small picture.
+        noised: whether it noises the small picture; None = it does not upscale.
     """
     encoders = tuple(name for name in COMPONENTS["conditioner"] if name in written)
     extra = getattr(parts["denoiser"].config, "spatial_channels", 0)
     known = {
-        ((), 0, False): "LDMPipeline",
-        (("bert",), 0, False): "LDMTextToImagePipeline",
-        (("text_encoder",), 0, False): "StableDiffusionPipeline",
-        (("text_encoder",), 5, False): "StableDiffusionInpaintPipeline",
+        ((), 0, None): "LDMPipeline",
+        ((), 3, False): SUPER_RESOLUTION,
+        (("bert",), 0, None): "LDMTextToImagePipeline",
+        (("text_encoder",), 0, None): "StableDiffusionPipeline",
+        (("text_encoder",), 5, None): "StableDiffusionInpaintPipeline",
         (("text_encoder",), 3, True): "StableDiffusionUpscalePipeline",
-        (("text_encoder", "text_encoder_2"), 0, False): "StableDiffusionXLPipeline",
-        (("text_encoder", "text_encoder_2"), 5, False): "StableDiffusionXLInpaintPipeline",
-        (("text_encoder_2",), 0, False): "StableDiffusionXLImg2ImgPipeline",
-        (("image_encoder",), 0, False): "StableDiffusionImageVariationPipeline",
+        (("text_encoder", "text_encoder_2"), 0, None): "StableDiffusionXLPipeline",
+        (("text_encoder", "text_encoder_2"), 5, None): "StableDiffusionXLInpaintPipeline",
+        (("text_encoder_2",), 0, None): "StableDiffusionXLImg2ImgPipeline",
+        (("image_encoder",), 0, None): "StableDiffusionImageVariationPipeline",
     }
     unconditional = any(component.class_name == "UNet2DModel" for component, _ in written.values())
     if (encoders, extra, noised) not in known or unconditional != (not encoders):
-        upscaling = f" and upscaling {'with' if noised else 'without'} noise" if noised or extra == 3 else ""
+        upscaling = "" if noised is None else f" and upscaling {'with' if noised else 'without'} noise"
         raise InputError(
             f"diffusers has no pipeline for the encoders {list(encoders)}, {extra} channels beside the latents"
             f"{upscaling}; save in our own format"

@@ -30,6 +30,7 @@ FAMILIES = {
     "x4": "Stable Diffusion x4 upscaler",
     "ldm-text": "latent diffusion, text to image",
     "ldm-class": "latent diffusion, class-conditional",
+    "ldm-sr": "latent diffusion, super-resolution",
     "ldm": "latent diffusion, unconditional",
 }
 PREDICTIONS = {"sd1": "epsilon", "sd2": "epsilon or v_prediction: keys do not tell", "x4": "v_prediction"}

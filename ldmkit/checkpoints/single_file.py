@@ -17,7 +17,7 @@ from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.assembling import Source, UnexpectedKeysWarning, assemble
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.filling import DType, check_dtype
-from ldmkit.checkpoints.folders import UPSCALER_DEFAULTS, UPSCALER_SCALING
+from ldmkit.checkpoints.folders import SUPER_RESOLUTION_DEFAULTS, UPSCALER_DEFAULTS, UPSCALER_SCALING
 from ldmkit.checkpoints.found import Found
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
 from ldmkit.checkpoints.recognise import IGNORED, VAE, recognise
@@ -33,7 +33,7 @@ PLACES = {"unet": (f"{UNET}.",), "vae": (f"{VAE}.",)}
 TEXTS = ("cond_stage_model.", "conditioner.")
 VOCABULARIES = {"text_encoder": ("tokenizer", CLIP), "text_encoder_2": ("tokenizer_2", CLIP), "bert": ("tokenizer", BERT)}
 """The tokenizers' folders as diffusers names them, and what belongs there."""
-ORIGINALS = ("ldm", "ldm-class")
+ORIGINALS = ("ldm", "ldm-class", "ldm-sr")
 """Families whose models differ in betas."""
 BETAS: Mapping[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UPSCALER_BETAS: Mapping[str, Any] = {**BETAS, "beta_start": 0.0001, "beta_end": 0.02}
@@ -148,7 +148,7 @@ def _override(config: str | Path | Mapping[str, Any] | None, name: str) -> dict[
 
 
 def family_of(found: list[Found]) -> str:
-    """ "xl", "x4", "sd2", "sd1", "ldm-text", "ldm-class" or "ldm": models that share numbers which files do not hold."""
+    """ "xl", "x4", "sd2", "sd1", "ldm-text", "ldm-class", "ldm-sr" or "ldm": models that share numbers which files lack."""
     names = {component.name: component for component in found}
     unet = names["unet"].config if "unet" in names else {}
     if unet.get("addition_embed_type") or "text_encoder_2" in names:
@@ -156,6 +156,9 @@ def family_of(found: list[Found]) -> str:
     if unet.get("num_class_embeds") and "text_encoder" in names:
         return "x4"
     if "text_encoder" not in names:
+        small = names["vae"].config["in_channels"] if "vae" in names else 0
+        if small and unet and unet["in_channels"] == unet["out_channels"] + small:
+            return "ldm-sr"
         return "ldm-text" if "bert" in names else "ldm-class" if "class_embedder" in names else "ldm"
     return "sd2" if names["text_encoder"].config["hidden_act"] == "gelu" else "sd1"
 
@@ -178,10 +181,12 @@ def _settings(
         read["schedule"] = _schedule(family, tensors, given, path)
         read["prediction"] = {"type": _prediction(family, tensors, given, path)}
     prediction = given.get("prediction", read["prediction"]["type"])
-    size = {"xl": 1024, "sd1": 512, "x4": None, "ldm-text": 256, **dict.fromkeys(ORIGINALS, 256)}.get(
-        family, 768 if prediction == "v_prediction" else 512
-    )
+    sizes = {"xl": 1024, "sd1": 512, "x4": None, "ldm-sr": None, **dict.fromkeys(("ldm", "ldm-class", "ldm-text"), 256)}
+    size = sizes.get(family, 768 if prediction == "v_prediction" else 512)
     read["defaults"] = {"height": size, "width": size, "guidance_scale": 5.0 if family == "xl" else 7.5}
+    if family == "ldm-sr":
+        read["defaults"] |= SUPER_RESOLUTION_DEFAULTS
+        read |= {} if "upscaling" in given else {"upscaling": {}}
     if family == "x4":
         read["defaults"] |= UPSCALER_DEFAULTS
     if family == "x4" and "upscaling" not in given:

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from ldmkit import Pipeline, build
@@ -30,6 +32,8 @@ from tests.ldm_peers import (
     drawn,
     exact,
     named,
+    quiet,
+    super_resolution,
     text_to_image,
     unconditional,
     write_bert_tokenizer,
@@ -45,6 +49,18 @@ def accounted(pipe: Pipeline, file: Path) -> bool:
     """Whether every key of a file is a weight of a part, or left out for a reason."""
     found = {key for each in pipe.accounting.values() for key in (*each.mapped.values(), *each.ignored)}
     return found == set(SafetensorsFile(file).entries)
+
+
+def same_in_diffusers(folder: Path, peer: Any, theirs: torch.Tensor, oracle: torch.Tensor, **arguments: Any) -> None:
+    """What we wrote is for diffusers the pipeline that it was: classes, every weight, and what it draws."""
+    again = quiet(diffusers.DiffusionPipeline.from_pretrained(folder))
+    assert type(again) is type(peer)
+    for name in {"unet", "vqvae", "bert"} & peer.components.keys():
+        before, after = (getattr(pipe, name).state_dict() for pipe in (peer, again))
+        assert type(getattr(again, name)) is type(getattr(peer, name))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before if not key.startswith("to_logits."))
+    assert_as_accurate(drawn(again, **arguments), theirs, oracle)
 
 
 # -------------------------------------------------------------------------------------------------------------- text to image
@@ -68,9 +84,7 @@ def test_text_to_image_folder(texts: Any, texts_drawn: Any, tmp_path: Path, caps
     assert (pipe.defaults.height, pipe.defaults.guidance_scale) == (64, 1.0)
     assert set(pipe.accounting["conditioner"].ignored) == {"to_logits.weight", "to_logits.bias"}
     written = pipe.save_pretrained(tmp_path / "ours", format="diffusers")
-    again = diffusers.LDMTextToImagePipeline.from_pretrained(written)
-    again.set_progress_bar_config(disable=True)
-    assert torch.equal(drawn(again, **TEXT), texts_drawn[0])
+    same_in_diffusers(written, texts, *texts_drawn, **TEXT)
     own = pipe.save_pretrained(tmp_path / "own")
     assert torch.equal(drawn(Pipeline.from_pretrained(own), **TEXT), drawn(pipe, **TEXT))
     assert main(["inspect", str(tmp_path / "theirs")]) == 0
@@ -99,9 +113,7 @@ def test_text_to_image_file(texts: Any, texts_drawn: Any, tmp_path: Path, capsys
     assert main(["inspect", str(file)]) == 0
     shown = capsys.readouterr().out
     assert [word for word in ("latent diffusion, text to image", "LDMBertModel") if word not in shown] == []
-    again = diffusers.LDMTextToImagePipeline.from_pretrained(pipe.save_pretrained(tmp_path / "ours", format="diffusers"))
-    again.set_progress_bar_config(disable=True)
-    assert torch.equal(drawn(again, **TEXT), texts_drawn[0])
+    same_in_diffusers(pipe.save_pretrained(tmp_path / "ours", format="diffusers"), texts, *texts_drawn, **TEXT)
 
 
 def test_a_codebook_is_not_for_stable_diffusion(tmp_path: Path) -> None:
@@ -138,22 +150,20 @@ KEYS = {
 PEERS = {"faces": faces, "churches": churches}
 FAMILY = ("latent diffusion, unconditional", "UNet2DModel")
 TOLD = {"unet": {"norm_num_groups": 8}, "vae": {"norm_num_groups": 4}}
-CHANNELS = {"faces": 3, "churches": 4}
+SHAPES = {"faces": (2, 3, 8, 8), "churches": (2, 4, 8, 8)}
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_unconditional(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    peer, channels = PEERS[name](), CHANNELS[name]
-    theirs, oracle = drawn(peer, channels=channels, batch_size=2), exact(peer, channels=channels, batch_size=2)
+    peer, shape = PEERS[name](), SHAPES[name]
+    theirs, oracle = drawn(peer, shape=shape, batch_size=2), exact(peer, shape=shape, batch_size=2)
     peer.save_pretrained(tmp_path / "theirs")
     pipe = Pipeline.from_pretrained(tmp_path / "theirs")
-    assert_as_accurate(drawn(pipe, channels=channels), theirs, oracle)
+    assert_as_accurate(drawn(pipe, shape=shape), theirs, oracle)
     assert pipe.defaults.height == 8 * pipe.autoencoder.downscale
     assert pipe.autoencoder.config.scaling_factor == peer.vqvae.config.scaling_factor
-    again = diffusers.LDMPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "ours", format="diffusers"))
-    again.set_progress_bar_config(disable=True)
-    assert type(again.vqvae) is type(peer.vqvae)
-    assert torch.equal(drawn(again, channels=channels, batch_size=2), theirs)
+    written = pipe.save_pretrained(tmp_path / "ours", format="diffusers")
+    same_in_diffusers(written, peer, theirs, oracle, shape=shape, batch_size=2)
 
     unet_keys, vae_keys = KEYS[name]
     tensors = named((unet_keys.prefixed(UNET), peer.unet), (vae_keys.prefixed(VAE), peer.vqvae))
@@ -167,7 +177,7 @@ def test_unconditional(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found.scaling_factor == float(torch.tensor(peer.vqvae.config.scaling_factor))
     assert found.shape == pipe.autoencoder.config.shape
     size = 8 * single.autoencoder.downscale
-    assert_as_accurate(drawn(single, channels=channels, height=size, width=size), theirs, oracle)
+    assert_as_accurate(drawn(single, shape=shape, height=size, width=size), theirs, oracle)
     assert accounted(single, file)
     assert main(["inspect", str(file)]) == main(["inspect", str(tmp_path / "theirs")]) == 0
     shown = capsys.readouterr().out
@@ -225,13 +235,66 @@ def test_class_conditional(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         return x
 
     with torch.no_grad():
-        mine, single = drawn(pipe, channels=3, class_labels=[3, 7], guidance_scale=3.0, height=32, width=32), theirs(False)
+        mine, single = (
+            drawn(pipe, shape=(2, 3, 8, 8), class_labels=[3, 7], guidance_scale=3.0, height=32, width=32),
+            theirs(False),
+        )
         with in_float64():
             oracle = theirs(True)
     assert_as_accurate(mine, single, oracle)
     assert main(["inspect", str(file)]) == 0
     shown = capsys.readouterr().out
     assert [word for word in ("latent diffusion, class-conditional", "ClassEmbedder", "VQModel") if word not in shown] == []
+
+
+# ------------------------------------------------------------------------------------------------------------ super-resolution
+
+
+SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+"""Of a size that diffusers does not change."""
+LARGE = (1, 3, 32, 32)
+
+
+def test_super_resolution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peer = super_resolution()
+    theirs, oracle = (run(peer, shape=LARGE, image=SMALL) for run in (drawn, exact))
+    peer.save_pretrained(tmp_path / "theirs")
+    pipe = Pipeline.from_pretrained(tmp_path / "theirs")
+    assert_as_accurate(drawn(pipe, shape=LARGE, image=SMALL), theirs, oracle)
+    assert pipe.defaults.num_inference_steps == 100
+    written = pipe.save_pretrained(tmp_path / "ours", format="diffusers")
+    same_in_diffusers(written, peer, theirs, oracle, shape=LARGE, image=SMALL)
+    own = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "own"))
+    assert_as_accurate(drawn(own, shape=LARGE, image=SMALL), theirs, oracle)
+    assert own(image=SMALL, num_inference_steps=1, progress=False).images[0].size == (128, 128)
+
+    unet_keys, vae_keys = KEYS["faces"]
+    tensors = named((unet_keys.prefixed(UNET), peer.unet), (vae_keys.prefixed(VAE), peer.vqvae))
+    tensors |= {"betas": torch.linspace(0.0015**0.5, 0.0155**0.5, 1000, dtype=torch.float64).square().float()}
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    single = Pipeline.from_single_file(file, TOLD)
+    assert_as_accurate(drawn(single, shape=LARGE, image=SMALL), theirs, oracle)
+    assert single.defaults.num_inference_steps == 100
+    assert accounted(single, file)
+    assert main(["inspect", str(file)]) == main(["inspect", str(tmp_path / "theirs")]) == 0
+    shown = capsys.readouterr().out
+    assert [word for word in ("latent diffusion, super-resolution", "LDMSuperResolutionPipeline") if word not in shown] == []
+
+
+def test_super_resolution_that_cannot_be(tmp_path: Path) -> None:
+    super_resolution().save_pretrained(tmp_path / "theirs")
+    pipe = Pipeline.from_pretrained(tmp_path / "theirs")
+    with pytest.raises(InputError, match="this pipeline upscales pictures: give image="):
+        pipe()
+    with pytest.raises(InputError, match="this upscaler takes the picture as it is"):
+        pipe(image=SMALL, noise_level=3)
+    pipe.autoencoder.rescaled(scaling_factor=0.5, shift_factor=0.0)
+    with pytest.raises(InputError, match=r"decodes latents unscaled, and scaling_factor = 0\.5"):
+        pipe.save_pretrained(tmp_path / "x", format="diffusers")
+    plain = Pipeline.from_pretrained(tmp_path / "theirs", upscaling=None)
+    with pytest.raises(InputError, match=r"no pipeline for the encoders \[\], 3 channels beside the latents; save"):
+        plain.save_pretrained(tmp_path / "x", format="diffusers")
 
 
 # ------------------------------------------------------------------------------------------------------------------ full sizes
