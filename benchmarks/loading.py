@@ -1,20 +1,23 @@
-"""What loading a full-size single file costs in time and memory, beside diffusers.
+"""What loading full-size single files costs in time and memory, beside diffusers.
 
-A Stable Diffusion 1.5 file of random fp16 weights under CompVis' names is written to a temporary folder (2 GB). Fresh processes
-load it in turn, ldmkit's `Pipeline.from_single_file` and the same of diffusers' StableDiffusionPipeline, in fp16 and in
-fp32; imports are not timed. Peak memory is that of anonymous pages (RssAnon, which leaves out the mapped file) and of all
-resident pages, beyond what the imports took. Every key of the file is accounted for, or the run fails.
+Files of Stable Diffusion 1.5 (2 GB) and XL's base (7 GB) with random fp16 weights, under CompVis' and Stability's names, are
+written to a temporary folder. Fresh processes load them in turn, ldmkit's `Pipeline.from_single_file` and the same of
+diffusers' pipelines, in fp16, and 1.5 in fp32 as well; imports are not timed. Peak memory is that of anonymous pages (RssAnon,
+which leaves out the mapped file) and of all resident pages, beyond what the imports took. Every key of the file is accounted
+for, or the run fails.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,21 @@ import torch
 from benchmarks import common
 from benchmarks.common import ROOT, Spread, ratio
 from ldmkit import build
-from ldmkit.checkpoints.compvis import clip_map, unet_map, vae_map
+from ldmkit.checkpoints.compvis import clip_map, open_clip_map, unet_map, vae_map
 from ldmkit.checkpoints.filling import skeleton
+from ldmkit.checkpoints.keymap import KeyMap
 from ldmkit.plugin.registry import part_class
+from ldmkit_text.clip import PRESETS
+from ldmkit_unet.presets import PRESETS as UNETS
 
 PEER = "diffusers"
-NARROW = {"block_out_channels": [64, 128, 128, 128]}
 CLIP = {"vocab_size": 49408}
-NARROW_CLIP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+SD, XL = "sd15", "sdxl"
+CASES = ((SD, "float16"), (SD, "float32"), (XL, "float16"))
+TIMING = {"rounds": 3, "least_seconds": 0.0}
+"""Of a full run: a load takes seconds."""
+TILE = 2**24
+"""So many random numbers are drawn, and repeated: drawing all of XL's takes longer than all loads together."""
 
 CHILD = """
 import gc, json, sys, threading, time
@@ -45,12 +55,12 @@ def memory():
 
 if name == "ldmkit":
     from ldmkit import Pipeline
-    import ldmkit_text.clip, ldmkit_unet.unet, ldmkit_vae.autoencoder
+    import ldmkit_text.sdxl, ldmkit_unet.unet, ldmkit_vae.autoencoder
     load = lambda: Pipeline.from_single_file(file, config=folder, tokenizer=folder + "/tokenizer", dtype=dtype)
 else:
-    from diffusers import StableDiffusionPipeline as P
-    import diffusers.loaders.single_file, transformers.models.clip.modeling_clip
-    load = lambda: P.from_single_file(file, config=folder, torch_dtype=dtype, local_files_only=True, safety_checker=None)
+    import diffusers, diffusers.loaders.single_file, transformers.models.clip.modeling_clip
+    P = getattr(diffusers, json.loads(Path(folder, "model_index.json").read_text())["_class_name"])
+    load = lambda: P.from_single_file(file, config=folder, torch_dtype=dtype, local_files_only=True)
 gc.collect()
 start, peak, done = memory(), [0, 0], threading.Event()
 
@@ -72,23 +82,62 @@ print("RESULT", json.dumps(took))
 """
 
 
-def shapes(narrow: bool, vocabulary: Path) -> dict[str, tuple[int, ...]]:
+@dataclass(frozen=True)
+class Model:
+    """A file: the parts below each prefix (kind, name, config, names there), and what its configs are made from.
+
+    Attributes:
+        conditioner: name and config of the one that all text encoders are parts of.
+        class_name: of diffusers' pipeline.
+    """
+
+    parts: Mapping[str, tuple[str, str, dict[str, Any], KeyMap]]
+    conditioner: tuple[str, dict[str, Any]]
+    class_name: str
+
+    def config(self, kind: str) -> dict[str, Any]:
+        """Of the part of a kind other than the conditioner."""
+        return next(config for found, _, config, _ in self.parts.values() if found == kind)
+
+
+def model_of(name: str, narrow: bool, vocabulary: Path) -> Model:
+    """Stable Diffusion 1.5 (narrow in quick runs) or XL's base."""
+    paths = {"vocab": str(vocabulary / "vocab.json"), "merges": str(vocabulary / "merges.txt")}
+    vae = ("autoencoder", "kl", {}, vae_map(levels=4, layers_per_block=2))
+    if name == XL:
+        first = {**CLIP, "layer": "penultimate", "final_layer_norm": False}
+        second = {**PRESETS["open-clip-bigg"], **CLIP}
+        places = {
+            "conditioner.embedders.0.transformer": ("conditioner", "clip-text", {**CLIP, **paths}, clip_map()),
+            "conditioner.embedders.1.model": ("conditioner", "clip-text", {**second, **paths}, open_clip_map(layers=32)),
+        }
+        names = unet_map(levels=3, layers_per_block=2, attention=(False, True, True))
+        unet = ("denoiser", "unet", dict(UNETS["sdxl"]), names)
+        return Model(
+            {"model.diffusion_model": unet, "first_stage_model": vae, **places},
+            ("sdxl-text", {"first": first, "second": second, **paths}),
+            "StableDiffusionXLPipeline",
+        )
+    own = {"block_out_channels": [64, 128, 128, 128]} if narrow else {}
+    text = {**CLIP, **paths}
+    if narrow:
+        text |= {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    names = unet_map(levels=4, layers_per_block=2, attention=(True,) * 3 + (False,))
+    return Model(
+        {
+            "model.diffusion_model": ("denoiser", "unet", {**own, **({"cross_attention_dim": 128} if narrow else {})}, names),
+            "first_stage_model": ("autoencoder", "kl", own, vae[3]),
+            "cond_stage_model.transformer": ("conditioner", "clip-text", text, clip_map()),
+        },
+        ("clip-text", text),
+        "StableDiffusionPipeline",
+    )
+
+
+def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Keys and shapes of the file."""
-    own, vocab = NARROW if narrow else {}, {"vocab": str(vocabulary / "vocab.json"), "merges": str(vocabulary / "merges.txt")}
-    context = {"cross_attention_dim": 128} if narrow else {}
-    text = {**CLIP, **(NARROW_CLIP if narrow else {}), **vocab}
-    parts = {
-        "model.diffusion_model": (
-            "denoiser",
-            "unet",
-            {**own, **context},
-            unet_map(levels=4, layers_per_block=2, attention=(True,) * 3 + (False,)),
-        ),
-        "first_stage_model": ("autoencoder", "kl", own, vae_map(levels=4, layers_per_block=2)),
-        "cond_stage_model.transformer": ("conditioner", "clip-text", text, clip_map()),
-    }
     result = {}
-    for prefix, (kind, name, config, keymap) in parts.items():
+    for prefix, (kind, name, config, keymap) in model.parts.items():
         cls = part_class(kind, name)
         state = skeleton(cls, cls.Config.parse(config)).state_dict()
         on_meta = {key: torch.empty(value.shape, device="meta") for key, value in state.items()}
@@ -96,8 +145,8 @@ def shapes(narrow: bool, vocabulary: Path) -> dict[str, tuple[int, ...]]:
     return result
 
 
-def write_file(path: Path, contents: dict[str, tuple[int, ...]]) -> int:
-    """A safetensors file of random fp16 weights, written tensor by tensor. Returns its bytes of weights."""
+def write_file(path: Path, contents: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of random fp16 weights."""
     header, end = {}, 0
     for key, shape in contents.items():
         size = 2 * torch.Size(shape).numel()
@@ -105,32 +154,36 @@ def write_file(path: Path, contents: dict[str, tuple[int, ...]]) -> int:
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    generator = torch.Generator().manual_seed(0)
+    tile = (torch.randn(TILE, generator=torch.Generator().manual_seed(0)) / 50).half().numpy().tobytes()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for shape in contents.values():
-            file.write((torch.randn(shape, generator=generator) / 50).half().numpy().tobytes())
-    return end
+        for begin in range(0, end, len(tile)):
+            file.write(tile[: end - begin])
 
 
-def write_configs(folder: Path, narrow: bool) -> None:
-    """The folder of configs and vocabulary that both sides are given, in the diffusers layout without weights."""
-    folder.mkdir()
+def write_vocabulary(folder: Path) -> Path:
+    """CLIP's bytes and special tokens, without merges."""
+    folder.mkdir(parents=True)
     letters = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}')
-    vocab = {"vocab": str(folder / "tokenizer" / "vocab.json"), "merges": str(folder / "tokenizer" / "merges.txt")}
-    own = NARROW if narrow else {}
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}')
+    return folder
+
+
+def write_configs(folder: Path, model: Model) -> None:
+    """The folder of configs and vocabulary that both sides are given, in the diffusers layout without weights."""
     with torch.device("meta"):
-        unet = build("denoiser", "unet", **own, **({"cross_attention_dim": 128} if narrow else {}))
-        vae = build("autoencoder", "kl", **own)
-        text = build("conditioner", "clip-text", **CLIP, **(NARROW_CLIP if narrow else {}), **vocab)
-    written = {**unet.to_diffusers(), **vae.to_diffusers(), **text.to_diffusers()}
-    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.0"}
-    index |= {"scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None]}
+        parts = [build(kind, name, **model.config(kind)) for kind, name in (("denoiser", "unet"), ("autoencoder", "kl"))]
+        parts.append(build("conditioner", model.conditioner[0], **model.conditioner[1]))
+    written = {name: component for part in parts for name, component in part.to_diffusers().items()}
+    index: dict[str, Any] = {"_class_name": model.class_name, "_diffusers_version": "0.35.0"}
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    if model.class_name == "StableDiffusionPipeline":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    for tokenizer in (name for name in written if name.startswith("tokenizer_")):
+        shutil.copytree(folder / "tokenizer", folder / tokenizer)
     for name, component in written.items():
         index[name] = [component.library, component.class_name]
         if component.config is not None:
@@ -154,11 +207,39 @@ def load(name: str, file: Path, configs: Path, dtype: str, threads: int) -> dict
     return result
 
 
-def rounds(file: Path, configs: Path, dtype: str, threads: int, count: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Both sides in turn. The file has just been written, so it lies in the page cache as far as memory allows."""
-    for _ in range(count):
-        for name in ("ldmkit", PEER):
-            yield name, load(name, file, configs, dtype, threads)
+def measured(name: str, dtype: str, chosen: common.Options, place: Path) -> tuple[dict[str, Any], list[str]]:
+    """A case, and its row in the table. The file has just been written: it lies in the page cache as far as memory allows."""
+    file, configs = place / "model.safetensors", place / "configs"
+    model = model_of(name, chosen.quick, configs / "tokenizer")
+    if not file.exists():
+        write_vocabulary(configs / "tokenizer")
+        write_configs(configs, model)
+    contents = shapes(model)
+    size = sum(2 * torch.Size(shape).numel() for shape in contents.values())
+    if not file.exists():
+        write_file(file, contents)
+    samples: dict[str, list[dict[str, Any]]] = {"ldmkit": [], PEER: []}
+    for _ in range((chosen.timing if chosen.quick else TIMING)["rounds"]):
+        for side, results in samples.items():
+            results.append(load(side, file, configs, dtype, chosen.threads))
+    if {result["keys"] for result in samples["ldmkit"]} != {len(contents)}:
+        raise SystemExit(f"of {len(contents)} keys, {samples['ldmkit'][0]['keys']} are accounted for")
+    times = {side: [result["seconds"] for result in results] for side, results in samples.items()}
+    weights = size * (2 if dtype == "float32" else 1)
+    peaks = {
+        kind: {side: max(result[kind] for result in results) / weights for side, results in samples.items()}
+        for kind in ("anonymous", "resident")
+    }
+    seconds = {side: Spread.of(values) for side, values in times.items()}
+    faster = ratio(times, peer=PEER, ours="ldmkit")
+    case = {
+        "case": {"model": name, "dtype": dtype, "bytes": size, "keys": len(contents)},
+        "seconds": seconds,
+        "ratios": {f"{PEER}/ldmkit": faster},
+        "peak_over_weights": peaks,
+    }
+    memory = [f"{peaks[kind][side]:.2f}" for side in samples for kind in peaks]
+    return case, [name, dtype, *(seconds[side].text() for side in samples), faster.text(), *memory]
 
 
 def main() -> None:
@@ -166,36 +247,15 @@ def main() -> None:
     chosen = common.options(common.parser(__doc__ or "").parse_args())
     record = common.environment(peers=[PEER])
     cases, rows = [], []
-    with tempfile.TemporaryDirectory() as place:
-        file, configs = Path(place) / "model.safetensors", Path(place) / "configs"
-        write_configs(configs, chosen.quick)
-        contents = shapes(chosen.quick, configs / "tokenizer")
-        size = write_file(file, contents)
-        for dtype in ("float16",) if chosen.quick else ("float16", "float32"):
-            samples: dict[str, list[dict[str, Any]]] = {"ldmkit": [], PEER: []}
-            for name, result in rounds(file, configs, dtype, chosen.threads, chosen.timing["rounds"]):
-                samples[name].append(result)
-            if {result["keys"] for result in samples["ldmkit"]} != {len(contents)}:
-                raise SystemExit(f"of {len(contents)} keys, {samples['ldmkit'][0]['keys']} are accounted for")
-            times = {name: [result["seconds"] for result in results] for name, results in samples.items()}
-            weights = size * (2 if dtype == "float32" else 1)
-            peaks = {
-                kind: {name: max(result[kind] for result in results) / weights for name, results in samples.items()}
-                for kind in ("anonymous", "resident")
-            }
-            seconds = {name: Spread.of(values) for name, values in times.items()}
-            faster = ratio(times, peer=PEER, ours="ldmkit")
-            cases.append(
-                {
-                    "case": {"dtype": dtype, "bytes": size, "keys": len(contents)},
-                    "seconds": seconds,
-                    "ratios": {f"{PEER}/ldmkit": faster},
-                }
-                | {"peak_over_weights": peaks}
-            )
-            memory = [f"{peaks[kind][name]:.2f}" for name in samples for kind in peaks]
-            rows.append([dtype, *(seconds[name].text() for name in samples), faster.text(), *memory])
+    for name in (SD,) if chosen.quick else (SD, XL):
+        with tempfile.TemporaryDirectory() as folder:
+            for dtype in (dtype for model, dtype in CASES if model == name):
+                if not (chosen.quick and dtype == "float32"):
+                    case, row = measured(name, dtype, chosen, Path(folder))
+                    cases.append(case)
+                    rows.append(row)
     head = [
+        "model",
         "dtype",
         "ldmkit, s",
         f"{PEER}, s",
@@ -206,7 +266,9 @@ def main() -> None:
         "resident",
     ]
     common.print_table(record, head, rows)
-    common.report("loading", __doc__ or "", chosen, record, cases=cases, summary={"bytes": size})
+    timing = chosen.timing if chosen.quick else TIMING
+    summary = {"models": [SD] if chosen.quick else [SD, XL]}
+    common.report("loading", __doc__ or "", chosen, record, cases=cases, summary=summary, timing=timing)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ SHOWN_FROM = 2**30
 
 
 ALIGNMENT = 64
-"""Bytes: torch's own tensors begin at multiples of it. Its products of others may round differently; the bits would change."""
+"""Bytes: torch's own tensors begin at multiples of it. Its products of others in 32 or 64 bits may round differently (those of
+a matrix and a single vector do); the bits would change. Products in 16 bits are the same wherever a weight begins."""
 
-_INITIALISERS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
-"""Those that torch lets a mode see, called with tensor=..."""
+_INITIALISERS = frozenset({"kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_", "zero_", "fill_"})
+"""Of torch and transformers, which puts its own in the place of torch's; their first argument is the tensor."""
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -36,8 +37,10 @@ class _EmptyOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _INITIALISERS and kwargs["tensor"].is_meta:
-            return kwargs["tensor"]
+        if getattr(func, "__name__", "") in _INITIALISERS:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
@@ -76,7 +79,7 @@ def fill(
 ) -> M:
     """Give a module its weights, in the wanted dtype and place, and put it in evaluation mode.
 
-    Those that have that dtype already, and begin where torch would have them begin, are not copied: they stay in the
+    Those that have that dtype already, and begin where they compute what they would anywhere, are not copied: they stay in the
     file, of which each page is read when it is first used and copied when it is first written to (the file never changes).
 
     Raises:
@@ -113,7 +116,7 @@ def _converted(stored: Tensor, dtype: torch.dtype, device: torch.device | str, w
     wanted = dtype if stored.is_floating_point() else stored.dtype
     made = stored.detach()
     elsewhere = stored.device != torch.empty(0, device=device).device
-    if stored.dtype != wanted or elsewhere or not stored.is_contiguous() or stored.data_ptr() % ALIGNMENT:
+    if stored.dtype != wanted or elsewhere or not stored.is_contiguous() or not _well_placed(stored):
         made = torch.empty(stored.shape, dtype=wanted, device=device)
         made.copy_(stored)
     if made.is_floating_point() and not _finite(made):
@@ -121,6 +124,10 @@ def _converted(stored: Tensor, dtype: torch.dtype, device: torch.device | str, w
         why = f"{count} NaN or infinite values" if count else f"values that {wanted} cannot hold"
         raise CheckpointError(f"{what} has {why}; " + ("the file is damaged" if count else "choose another dtype"))
     return made
+
+
+def _well_placed(stored: Tensor) -> bool:
+    return stored.dtype.itemsize < 4 or stored.data_ptr() % ALIGNMENT == 0
 
 
 def _finite(x: Tensor) -> bool:

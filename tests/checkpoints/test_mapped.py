@@ -107,6 +107,40 @@ def shifted(x: Tensor, tmp_path: Path, dtype: torch.dtype) -> Tensor:
     raise AssertionError("no place is odd")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_in_16_bits_are_the_same_wherever_a_weight_begins(tmp_path: Path, dtype: torch.dtype) -> None:
+    """So these stay in the file; linear layers on one vector, two, and many, and convolutions."""
+    torch.manual_seed(0)
+    for rows, columns in ((24, 12), (320, 64), (64, 1280)):
+        weight = torch.randn(rows, columns).to(dtype)
+        mapped = shifted(weight, tmp_path, dtype)
+        for count in (1, 2, 77):
+            x = torch.randn(count, columns).to(dtype)
+            assert torch.equal(torch.nn.functional.linear(x, mapped), torch.nn.functional.linear(x, weight))
+    for out, into in ((4, 32), (32, 4), (16, 16)):
+        weight, x = torch.randn(out, into, 3, 3).to(dtype), torch.randn(1, into, 8, 8).to(dtype)
+        mapped = shifted(weight, tmp_path, dtype)
+        assert torch.equal(torch.nn.functional.conv2d(x, mapped), torch.nn.functional.conv2d(x, weight))
+
+
+def test_weights_in_16_bits_stay_in_the_file(tmp_path: Path) -> None:
+    """All of them, whatever their places; those in 32 bits only where torch would have them."""
+    pipe = tiny_pipeline(tmp_path)
+    for dtype, all_of_them in ((torch.bfloat16, True), (torch.float32, False)):
+        folder = pipe.to(dtype).save_pretrained(tmp_path / str(dtype))
+        file = folder / "denoiser" / "model.safetensors"
+        odd = {key: value for key, value in pipe.denoiser.state_dict().items() if value.ndim > 1}
+        save_file({"0": torch.zeros(3, dtype=torch.uint8), **pipe.denoiser.state_dict()}, tmp_path / "odd.safetensors")
+        stored = SafetensorsFile(tmp_path / "odd.safetensors").tensors()
+        del stored["0"]
+        net = skeleton(type(pipe.denoiser), pipe.denoiser.config)
+        accounting = Accounting.of(net.state_dict(), stored, source=str(file), model="UNet")
+        places = {key: tensor.data_ptr() for key, tensor in stored.items()}
+        fill(net, stored, accounting, dtype=dtype)
+        kept = {key for key, tensor in net.state_dict().items() if tensor.data_ptr() == places[key]}
+        assert kept >= odd.keys() if all_of_them else kept == {key for key, place in places.items() if place % 64 == 0}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_kernels_take_weights_at_any_place(tmp_path: Path, dtype: torch.dtype) -> None:
     def check(kernel: Any, x: Tensor, *weights: Tensor, **options: Any) -> None:
