@@ -16,9 +16,9 @@ from ldmkit.checkpoints.folders import COMPONENTS, TOKENIZERS, components, is_di
 from ldmkit.checkpoints.lora import EMBEDDING, LoraFile, is_embedding, read_lora
 from ldmkit.checkpoints.lora_names import describe
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
-from ldmkit.checkpoints.recognise import IGNORED, recognise
+from ldmkit.checkpoints.recognise import IGNORED
 from ldmkit.checkpoints.schedulers import read_scheduler
-from ldmkit.checkpoints.single_file import family_of, read_any
+from ldmkit.checkpoints.single_file import family_of, read_any, recognised
 from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.checkpoints.weights import read_weights
 from ldmkit.errors import CheckpointError, LdmkitError
@@ -137,7 +137,7 @@ def _lora_for(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> str:
 
 def _file(path: Path, allow_pickle: bool) -> Inspection:
     tensors = read_any(path, allow_pickle=allow_pickle)
-    found = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    found = recognised(tensors, path)
     family = family_of(found)
     own: dict[str, dict[str, Tensor]] = {component.name: {} for component in found}
     ignored, unknown = {}, []

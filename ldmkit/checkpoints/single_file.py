@@ -25,7 +25,7 @@ from ldmkit.checkpoints.recognise_unet import UNET
 from ldmkit.checkpoints.schedulers import read_scheduler
 from ldmkit.checkpoints.tokenizers import BERT, CLIP, find_tokenizer
 from ldmkit.checkpoints.weights import read_file
-from ldmkit.errors import CheckpointError, ConfigError, InputError
+from ldmkit.errors import ArchitectureMismatchError, CheckpointError, ConfigError, InputError
 
 KINDS = {"unet": "denoiser", "vae": "autoencoder"}
 """The part that a component belongs to; all others are the conditioner's."""
@@ -62,7 +62,7 @@ def read_single_file(
     tensors = read_any(path, allow_pickle=allow_pickle)
     if ema:
         tensors = with_averages(tensors, path)
-    found = recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, partial(_override, config))
+    found = recognised(tensors, path, config)
     _check_components(found, config)
     family = family_of(found)
     for component in found:
@@ -99,6 +99,14 @@ def read_any(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
             "alone (weights_only), which runs none; a safetensors file of the same model is safer"
         )
     return read_pickle(path)
+
+
+def recognised(tensors: Mapping[str, Tensor], path: Path, config: str | Path | Mapping[str, Any] | None = None) -> list[Found]:
+    """The components of a file. Raises: ArchitectureMismatchError, ConfigError, as `recognise`, and naming the file."""
+    try:
+        return recognise({key: tuple(tensor.shape) for key, tensor in tensors.items()}, partial(_override, config))
+    except ArchitectureMismatchError as error:
+        raise ArchitectureMismatchError(f"{path}: {error}") from None
 
 
 def with_averages(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -156,8 +164,9 @@ def family_of(found: list[Found]) -> str:
     if unet.get("num_class_embeds") and "text_encoder" in names:
         return "x4"
     if "text_encoder" not in names:
-        small = names["vae"].config["in_channels"] if "vae" in names else 0
-        if small and unet and unet["in_channels"] == unet["out_channels"] + small:
+        taken, made = unet.get("in_channels"), unet.get("out_channels")
+        told = taken - made if isinstance(taken, int) and isinstance(made, int) else 0
+        if told and "vae" in names and told == names["vae"].config["in_channels"]:
             return "ldm-sr"
         return "ldm-text" if "bert" in names else "ldm-class" if "class_embedder" in names else "ldm"
     return "sd2" if names["text_encoder"].config["hidden_act"] == "gelu" else "sd1"

@@ -137,6 +137,8 @@ def write_diffusers_config(config: UNetConfig) -> tuple[str, dict[str, Any]]:
         "only_cross_attention": values["only_cross_attention"],
         "use_linear_projection": config.use_linear_projection,
     }
+    if config.guidance_dim is not None:
+        result["time_cond_proj_dim"] = config.guidance_dim
     if config.vector_dim is not None:
         result |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256}
         result["projection_class_embeddings_input_dim"] = config.vector_dim

@@ -122,9 +122,11 @@ def _by_res_block(given: Mapping[str, Any]) -> bool:
 
 
 def _heads(size: Any, widths: Sequence[int]) -> list[int]:
-    """Numbers of heads, from the channels of each."""
+    """Numbers of heads, from the channels of each. Raises: ConfigError for sizes below 1."""
     sizes = list(size) if isinstance(size, list | tuple) else [size] * len(widths)
     sizes = [width if each is None else each for each, width in zip(sizes, widths, strict=True)]
+    if any(each < 1 for each in sizes):
+        raise ConfigError(f"diffusers UNet2DModel config: attention_head_dim = {size!r} must be positive")
     return [max(width // each, 1) for width, each in zip(widths, sizes, strict=True)]
 
 
@@ -132,8 +134,11 @@ def write_unconditional(config: UNetConfig) -> dict[str, Any]:
     """What a UNet2DModel's config has beside the keys common to both classes.
 
     Raises:
-        ConfigError: for heads of several sizes, or a middle without attention.
+        ConfigError: for heads of several sizes, a middle without attention, a vector or a guidance scale.
     """
+    for name in ("vector_dim", "guidance_dim"):
+        if (value := getattr(config, name)) is not None:
+            raise ConfigError(f"{name} = {value}: diffusers' UNet2DModel is told no such thing")
     attended = [depth > 0 for depth in config.transformer_layers_per_block]
     widths, heads = config.block_out_channels, config.per_level(config.num_attention_heads)
     levels = zip(widths, heads, (*attended[:-1], True), strict=True)  # the middle has the last level's, and attention

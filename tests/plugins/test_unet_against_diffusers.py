@@ -68,6 +68,7 @@ def test_unconditional_as_accurate_as_diffusers(values: dict) -> None:
         ({"attn_norm_num_groups": None}, "attn_norm_num_groups = None"),
         ({"downsample_type": "conv"}, "resampled by conv and resnet"),
         ({"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "resampled by conv and resnet"),
+        ({"attention_head_dim": 0}, "attention_head_dim = 0 must be positive"),
         ({"mid_block_type": None, "some": 1}, "mid_block_type = None; some = 1"),
         ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, "must mirror each other"),
     ],
@@ -81,6 +82,10 @@ def test_unconditional_configs_that_diffusers_lacks() -> None:
     """The churches have as many heads at every level; UNet2DModel has heads of one size."""
     with pytest.raises(ConfigError, match=r"heads of \[24, 48, 96\] channels"):
         write_diffusers_config(UNet.Config.parse(PRESETS["ldm-churches"]))
+    plain = {"attention_block": "plain", "cross_attention_dim": None, "guidance_dim": 8, "num_attention_heads": 10}
+    with pytest.raises(ConfigError, match="guidance_dim = 8: diffusers' UNet2DModel is told no such thing"):
+        write_diffusers_config(UNet.Config(**plain))
+    assert write_diffusers_config(UNet.Config(guidance_dim=8))[1]["time_cond_proj_dim"] == 8
     with pytest.raises(ConfigError, match="diffusers has these with attention_block = 'plain' only"):
         write_diffusers_config(UNet.Config(time_scale_shift=True))
 
