@@ -229,7 +229,7 @@ def _pixels(run: Run, image: Any, size: tuple[int | None, int | None]) -> Tensor
     pixels = to_pixels(image, channels=run.autoencoder.image_channels, size=wanted)
     if run.count % len(pixels):
         raise InputError(
-            f"{len(pixels)} images for {run.count} pictures; give one, or one per prompt (num_images_per_prompt where there is none)"
+            f"{len(pixels)} images for {run.count} pictures; give one, or one per prompt (without: num_images_per_prompt)"
         )
     run.latent_size(*pixels.shape[2:])
     return pixels

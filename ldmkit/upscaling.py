@@ -131,7 +131,7 @@ def _small(run: Run, image: Any, size: tuple[Any, Any]) -> Tensor:
     pixels = to_pixels(image, channels=run.autoencoder.image_channels, size=wanted)
     if run.count % len(pixels):
         raise InputError(
-            f"{len(pixels)} images for {run.count} pictures; give one, or one per prompt (num_images_per_prompt where there is none)"
+            f"{len(pixels)} images for {run.count} pictures; give one, or one per prompt (without: num_images_per_prompt)"
         )
     multiple, factor = run.denoiser.multiple_of, run.autoencoder.downscale
     for name, side in zip(("height", "width"), pixels.shape[2:], strict=True):
