@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ldmkit import arguments
 from ldmkit.adapters import Adaptable, Adapters
 from ldmkit.checkpoints.accounting import Accounting
+from ldmkit.checkpoints.filling import verify
 from ldmkit.checkpoints.folders import write_folder
 from ldmkit.checkpoints.formats import read_foreign
 from ldmkit.checkpoints.parts import DType
@@ -167,6 +168,11 @@ class Pipeline(Adaptable):
         parts = {"autoencoder": self.autoencoder, "denoiser": self.denoiser, "conditioner": self.conditioner}
         return {kind: part for kind, part in parts.items() if part is not None}
 
+    def _verify(self) -> None:
+        """Raise CheckpointError for loaded weights that are NaN or infinite; they are looked at once."""
+        for module in self.modules.values():
+            verify(module)
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast all parts, as torch.nn.Module.to does. Returns self."""
         for module in self.modules.values():
@@ -202,6 +208,7 @@ class Pipeline(Adaptable):
             InputError: for another format, or with LoRA adapters that are not fused.
         """
         self._check_savable()
+        self._verify()
         parts: dict[str, Part | None] = {
             "autoencoder": self.autoencoder,
             "denoiser": self.denoiser,
@@ -410,6 +417,7 @@ class Pipeline(Adaptable):
 
         Raises:
             InputError, InputTypeError: for arguments that cannot be served, before any work.
+            CheckpointError: for loaded weights that are NaN or infinite, before any work.
             NumericalError: when a part produces NaN or infinity, naming the part and the step.
         """
         if output_type not in get_args(OutputType):
@@ -481,6 +489,7 @@ class Pipeline(Adaptable):
         noise, used_seed = arguments.noise_source(
             seed, generator, count=count, first_image=first_image, device=self.device, dtype=self.dtype
         )
+        self._verify()
         dtype = torch.promote_types(self.dtype, torch.float32)
         run = Run(self.autoencoder, self.denoiser, sampler, levels, count, noise, self.device, dtype)
         task = self._task(

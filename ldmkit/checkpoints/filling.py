@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,10 @@ a matrix and a single vector do); the bits would change. Products in 16 bits are
 
 _INITIALISERS = frozenset({"kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_", "zero_", "fill_"})
 """Of torch and transformers, which puts its own in the place of torch's; their first argument is the tensor."""
+
+
+_UNSEEN: WeakKeyDictionary[nn.Module, list[tuple[Tensor, str]]] = WeakKeyDictionary()
+"""Modules whose stored numbers nobody has looked at yet, with what each tensor is called in messages."""
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -81,10 +86,11 @@ def fill(
 
     Those that have that dtype already, and begin where they compute what they would anywhere, are not copied: they stay in the
     file, of which each page is read when it is first used and copied when it is first written to (the file never changes).
+    Whether the file's own numbers are finite is looked at by `verify`, before they are first used.
 
     Raises:
         ArchitectureMismatchError: with every key that does not fit.
-        CheckpointError: for weights that are NaN or infinite, or become so in `dtype`.
+        CheckpointError: for weights that `dtype` cannot hold, or that are NaN or infinite on another device.
     """
     accounting.check()
     wanted = _stored_dtype(tensors, accounting.source) if dtype == "auto" else dtype
@@ -92,6 +98,7 @@ def fill(
     parameters: dict[int, nn.Parameter] = {}
     filled: dict[str, Tensor] = {}
     taken: set[int] = set()
+    unseen: list[tuple[Tensor, str]] = []
     size = sum(tensor.nbytes for tensor in tensors.values())
     with tqdm(total=size, unit="B", unit_scale=True, desc=accounting.model, disable=size < SHOWN_FROM) as bar:
         for key, place in own.items():
@@ -102,16 +109,34 @@ def fill(
             if stored.data_ptr() in taken:  # a pickle may hold one tensor under two names, which are two weights here
                 stored = stored.clone()
             taken.add(stored.data_ptr())
-            filled[key] = _converted(stored, wanted, device, f"{accounting.source}: {accounting.mapped[key]}")
+            what = f"{accounting.source}: {accounting.mapped[key]}"
+            filled[key] = _converted(stored, wanted, device)
+            if _keeps_finite(stored, filled[key]):
+                unseen.append((stored, what))
+            else:
+                _check(filled[key], stored, what)
             if isinstance(place, nn.Parameter):
                 filled[key] = parameters[id(place)] = nn.Parameter(filled[key], requires_grad=place.requires_grad)
             bar.update(tensors[key].nbytes)
     module.load_state_dict(filled, assign=True)
     module.to(device=device, dtype=wanted)  # what the file does not hold: constants
+    _UNSEEN[module] = unseen
     return module.eval()
 
 
-def _converted(stored: Tensor, dtype: torch.dtype, device: torch.device | str, what: str) -> Tensor:
+def verify(module: nn.Module) -> None:
+    """Look at the numbers that a module was filled with and that were not read for it; once. A pipeline does so before it draws
+    or saves: reading them all when they are loaded would take longer than everything else.
+
+    Raises:
+        CheckpointError: for weights that are NaN or infinite, every time.
+    """
+    for stored, what in _UNSEEN.get(module, ()):
+        _check(stored, stored, what)
+    _UNSEEN.pop(module, None)
+
+
+def _converted(stored: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The stored tensor itself where it is as wanted, so that weights of a mapped file stay there until they are used."""
     wanted = dtype if stored.is_floating_point() else stored.dtype
     made = stored.detach()
@@ -119,11 +144,21 @@ def _converted(stored: Tensor, dtype: torch.dtype, device: torch.device | str, w
     if stored.dtype != wanted or elsewhere or not stored.is_contiguous() or not _well_placed(stored):
         made = torch.empty(stored.shape, dtype=wanted, device=device)
         made.copy_(stored)
+    return made
+
+
+def _keeps_finite(stored: Tensor, made: Tensor) -> bool:
+    """Whether what is made is finite where the stored numbers are, and these can be looked at later as well as now."""
+    if made.device.type != "cpu" or not made.is_floating_point():
+        return not made.is_floating_point()
+    return torch.finfo(made.dtype).max >= torch.finfo(stored.dtype).max
+
+
+def _check(made: Tensor, stored: Tensor, what: str) -> None:
     if made.is_floating_point() and not _finite(made):
         count = int((~torch.isfinite(stored.double())).sum())
-        why = f"{count} NaN or infinite values" if count else f"values that {wanted} cannot hold"
+        why = f"{count} NaN or infinite values" if count else f"values that {made.dtype} cannot hold"
         raise CheckpointError(f"{what} has {why}; " + ("the file is damaged" if count else "choose another dtype"))
-    return made
 
 
 def _well_placed(stored: Tensor) -> bool:

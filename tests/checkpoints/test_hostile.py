@@ -227,7 +227,7 @@ def test_shards_that_hold_a_key_twice_or_not_at_all(tmp_path: Path) -> None:
     ("value", "dtype", "message"), [(float("nan"), "auto", "has 1 NaN"), (1e30, torch.float16, "cannot hold")]
 )
 def test_weights_that_are_no_numbers(tmp_path: Path, value: float, dtype: Any, message: str) -> None:
-    """And a pipeline in use stays as it was."""
+    """Told before anything is drawn or saved, and a pipeline in use stays as it was."""
     pipe = tiny_pipeline(tmp_path)
     folder = pipe.save_pretrained(tmp_path / "p")
     before = {key: tensor.clone() for key, tensor in pipe.denoiser.state_dict().items()}
@@ -235,7 +235,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value: float, dtype: Any, m
     spoilt["conv_in.bias"][3] = value
     save_file(spoilt, folder / "denoiser" / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"conv_in\.bias .*{message}"):
-        Pipeline.from_pretrained(folder, dtype=dtype)
+        Pipeline.from_pretrained(folder, dtype=dtype)("a red apple", num_inference_steps=1)
     assert all(torch.equal(before[key], tensor) for key, tensor in pipe.denoiser.state_dict().items())
 
 
