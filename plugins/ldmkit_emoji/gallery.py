@@ -28,17 +28,18 @@ PROMPT = "blue heart on a yellow background"
 PROMPTS = (
     "crying face",
     "green heart on a pink background",
-    "woman: blond hair",
     "flag: france",
     "raised hand: medium skin tone",
     "a police officer on a teal background",
-    "green apple on a purple background",
     "sun on a blue background",
     "tomato",
-    "a red circle on a brown background",
-    "ok button",
     "butterfly on a gray background",
+    "an owl and cherries",
+    "an eagle left of a banana on a blue background",
+    "a small octopus on the right",
+    "a lemon next to a watermelon",
 )
+"""Two things in one prompt are pairs that were never trained on together."""
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.0, 10.0)
 SAMPLERS = ("ddim", "euler-ancestral", "dpm++-2m")
 STEPS = (4, 8, 16, 32)
@@ -47,7 +48,7 @@ TIMES = (0, 50, 150, 300, 500, 999)
 
 
 def prompts(pipe: Pipeline, seed: int) -> Image.Image:
-    """Twelve prompts: names and backgrounds."""
+    """Twelve prompts: names, backgrounds, two things in one picture."""
     return grid(pipe(list(PROMPTS), seed=seed).images, columns=4, scale=2, labels=PROMPTS)
 
 
