@@ -77,6 +77,8 @@ class Op:
             must not reach.
         mistakes: (device) -> arguments that must be refused, each with what is wrong in it.
         raw: problem -> the arguments of the raw op but the backend.
+        by_library: results that a library's matrix product makes whatever the backend: their rounding may follow the number of
+            rows.
         sizes: (problem in float64, exact results) -> for results by name (size of what is rounded to the dtype,
             size of what is rounded in sums); others are (max|exact|, 0).
     """
@@ -94,6 +96,7 @@ class Op:
     mistakes: Callable[[str], Iterable[tuple[str, Mapping[str, Any]]]]
     raw: Callable[[Problem], tuple[Any, ...]]
     sizes: Callable[[Problem, Results], Mapping[str, tuple[float, float]]]
+    by_library: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,7 @@ class Property:
         fixed: cases that are always tried, first.
         share: of the profile's number of examples.
         absent: why it says nothing about a subject; None where it does. A reason that starts with "needs a GPU" is a verdict.
+        but: what it leaves out of a subject that passes, for the table.
     """
 
     number: int
@@ -307,3 +311,4 @@ class Property:
     fixed: Callable[[Subject], Iterable[Case]] = lambda subject: ()
     share: float = 1.0
     absent: Callable[[Subject], str | None] = lambda subject: None
+    but: Callable[[Subject], str] = lambda subject: ""

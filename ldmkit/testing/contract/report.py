@@ -18,7 +18,7 @@ class Row:
         cases: how many were tried, refused ones not counted.
         worst: the largest error met, as a multiple of plain torch's own with one rounding; 2 is the most; None: not measured.
         verdict: "passed", "failed", "needs a GPU" or "not applicable".
-        reason: why not applicable, or what a GPU is needed for, or what failed.
+        reason: why not applicable, or what a GPU is needed for, or what failed, or what a pass leaves out.
         example: Python that shows the smallest failure again.
         refused: how many cases the backend said it does not serve.
     """

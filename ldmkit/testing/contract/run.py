@@ -84,7 +84,7 @@ def _row(prop: Property, subject: Subject, tally: Tally, failures: list[tuple[Ca
         return Row(**common, cases=tally.cases, verdict=FAILED, reason=told, example=example)
     if not tally.cases:
         return Row(**common, cases=0, verdict=ABSENT, reason=tally.refused[0])
-    return Row(**common, cases=tally.cases, verdict=PASSED)
+    return Row(**common, cases=tally.cases, verdict=PASSED, reason=prop.but(subject))
 
 
 def replay_line(prop: Property, subject: Subject, case: Case) -> str:
