@@ -75,8 +75,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index} must hold a weight_map of keys to names of files; it is damaged or is something else")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
-        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise CheckpointError(f"{index}: shard name {name!r} points outside the folder")
+        if Path(name).name != name or "\\" in name or name in ("", ".", "..") or not name.isprintable():
+            raise CheckpointError(f"{index}: shard name {name!r} points outside the folder, or is no name of a file")
         shard = read_file(index.parent / name)
         twice = sorted(tensors.keys() & shard.keys())
         if twice:

@@ -359,7 +359,13 @@ def _parts_of_tokenizer(content: Any, path: str) -> tuple[dict[str, int], list[s
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise CheckpointError(f"{path} is no tokenizer.json of a byte-pair tokenizer; give vocab.json and merges.txt")
-    return model["vocab"], [" ".join(pair) if isinstance(pair, list) else str(pair) for pair in model["merges"]]
+    lines = [" ".join(pair) if _is_pair(pair) else str(pair) for pair in model["merges"]]
+    return model["vocab"], lines
+
+
+def _is_pair(value: Any) -> bool:
+    """As newer files have merges, where older ones have one text with a space in it."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(piece, str) for piece in value)
 
 
 def _merges(lines: Sequence[str], path: str) -> list[tuple[str, str]]:
