@@ -125,7 +125,10 @@ def test_what_a_plugin_prints_stays_out_of_the_output(site):
 
 def test_a_hang_is_named_with_its_line_and_can_be_interrupted(site):
     variables = environment(site, LDMKIT_PLUGINS="iso-hangs,ldmkit", LDMKIT_SLOW_PLUGIN="0.2")
-    command = [sys.executable, "-m", "ldmkit.cli", "plugins"]
+    # What a shell runs in the background ignores SIGINT, and so would its children.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    listed = "import runpy, sys; sys.argv = ['ldmkit', 'plugins']; runpy.run_module('ldmkit.cli', run_name='__main__')"
+    command = [sys.executable, "-c", f"{heard}; {listed}"]
     with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         try:
             told = process.stderr.readline()  # waits for the watchdog
