@@ -136,9 +136,11 @@ def make_schedule(value: Schedule | Config | Mapping[str, Any] | None) -> Schedu
         if made is None:
             raise ConfigError(f"schedule: a {type(value).__qualname__} is no config of a schedule")
         return made(value)
+    if not isinstance(value, Mapping | None):
+        raise ConfigError(f"schedule: expected a mapping of settings, got {value!r}")
     values = dict(value or {})
     kind = values.get("kind", "ddpm")
-    if kind not in SCHEDULES:
+    if not isinstance(kind, str) or kind not in SCHEDULES:
         raise ConfigError(f"schedule kind {kind!r}: must be one of {', '.join(SCHEDULES)}")
     if kind == "ddpm":
         values.pop("kind", None)

@@ -132,6 +132,12 @@ def test_unknown_schedules():
         make_schedule(build("sampler", "euler").config)
 
 
+@pytest.mark.parametrize("value", ["0", True, [1], {"kind": ["flow"]}, {"kind": {}}])
+def test_a_schedule_of_a_wrong_type_is_named(value):
+    with pytest.raises(ConfigError, match="schedule"):
+        make_schedule(value)
+
+
 def test_a_flow_pipeline_is_saved_and_loaded(tmp_path):
     parts = {
         "autoencoder": {"name": "identity", "channels": 4},
