@@ -158,7 +158,7 @@ OP = Op(
     mistakes=mistakes,
     raw=raw,
     sizes=sizes,
-    by_library=("gradient of x", "gradient of weight", "gradient of bias"),
+    by_library=("gradient of x", "gradient of weight"),
 )
 
 
