@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldmkit.errors import ConfigError
+from ldmkit_unet.both_configs import READ, SAME, Fixed, attention_levels, refused
 from ldmkit_unet.config import UNetConfig
-from ldmkit_unet.unconditional_config import SAME, convert_unconditional, write_unconditional
+from ldmkit_unet.unconditional_config import convert_unconditional, write_unconditional
 
 # Switches that no Stable Diffusion U-Net turns: what our U-Net is. None stands for "not given".
-_FIXED: dict[str, tuple[Any, ...]] = {
+_FIXED: Fixed = {
     "act_fn": ("silu", None),
     "addition_embed_type": ("text_time", None),
     "attention_type": ("default", None),
@@ -39,29 +40,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # The usual size, numerics that ours always has, and what only the conditioner or another switch reads.
 _WITHOUT_EFFECT = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads", "addition_time_embed_dim"})
-_READ = frozenset(
-    {
-        "attention_head_dim",
-        "block_out_channels",
-        "cross_attention_dim",
-        "down_block_types",
-        "dropout",
-        "flip_sin_to_cos",
-        "freq_shift",
-        "in_channels",
-        "layers_per_block",
-        "norm_eps",
-        "norm_num_groups",
-        "num_class_embeds",
-        "only_cross_attention",
-        "out_channels",
-        "projection_class_embeddings_input_dim",
-        "time_cond_proj_dim",
-        "transformer_layers_per_block",
-        "up_block_types",
-        "use_linear_projection",
-    }
-)
+_READ = READ | {
+    "cross_attention_dim",
+    "only_cross_attention",
+    "projection_class_embeddings_input_dim",
+    "time_cond_proj_dim",
+    "transformer_layers_per_block",
+    "use_linear_projection",
+}
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
@@ -78,7 +64,8 @@ def convert_diffusers_config(values: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in values.items() if not key.startswith("_")}
     if values.get("_class_name") == "UNet2DModel":
         return convert_unconditional(given)
-    _refuse_others(given)
+    if wrong := refused(given, _READ | _WITHOUT_EFFECT, _FIXED):
+        raise ConfigError(f"diffusers U-Net config: {'; '.join(wrong)}")
     widths = given.get("block_out_channels", (320, 640, 1280, 1280))
     depths = given.get("transformer_layers_per_block", 1)
     depths = [depths] * len(widths) if isinstance(depths, int) else depths
@@ -145,28 +132,8 @@ def write_diffusers_config(config: UNetConfig) -> tuple[str, dict[str, Any]]:
     return "UNet2DConditionModel", result
 
 
-def _refuse_others(given: Mapping[str, Any]) -> None:
-    wrong = [f"unknown key {key!r} (= {given[key]!r})" for key in sorted(set(given) - _READ - _WITHOUT_EFFECT - set(_FIXED))]
-    wrong += [
-        f"{key} = {given[key]!r} (only {' or '.join(map(repr, allowed))} can be served)"
-        for key, allowed in _FIXED.items()
-        if key in given and given[key] not in allowed
-    ]
-    if wrong:
-        raise ConfigError("diffusers U-Net config: " + "; ".join(wrong))
-
-
 def _attended(given: Mapping[str, Any], levels: int) -> list[bool]:
     """Which levels have attention, by the names of their blocks."""
     down = given.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
     up = given.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-    unknown = sorted({*down} - {*_DOWN}) + sorted({*up} - {*_UP})
-    if unknown:
-        raise ConfigError(f"diffusers U-Net config: block types {unknown} are none of {[*_DOWN, *_UP]}")
-    attended = [_DOWN[name] for name in down]
-    if [_UP[name] for name in up] != attended[::-1] or len(attended) != levels:
-        raise ConfigError(
-            f"diffusers U-Net config: down_block_types {list(down)} and up_block_types {list(up)} must mirror each other, "
-            f"one for each of the {levels} block_out_channels"
-        )
-    return attended
+    return attention_levels(down, up, known_down=_DOWN, known_up=_UP, levels=levels, config="diffusers U-Net config")

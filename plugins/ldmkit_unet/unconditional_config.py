@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldmkit.errors import ConfigError
+from ldmkit_unet.both_configs import READ, SAME, Fixed, attention_levels, refused
 from ldmkit_unet.config import UNetConfig
 
-_FIXED: dict[str, tuple[Any, ...]] = {  # switches that the originals of latent diffusion do not turn
+_FIXED: Fixed = {  # switches that the originals of latent diffusion do not turn
     "act_fn": ("silu",),
     "add_attention": (True,),
     "center_input_sample": (False,),
@@ -17,37 +18,17 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # switches that the originals of latent 
     "mid_block_scale_factor": (1, None),
     "mid_block_type": ("UNetMidBlock2D",),
     "num_train_timesteps": (None,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
 }
-_READ = frozenset(
-    {
-        "attention_head_dim",
-        "attn_norm_num_groups",
-        "block_out_channels",
-        "down_block_types",
-        "downsample_type",
-        "dropout",
-        "flip_sin_to_cos",
-        "freq_shift",
-        "in_channels",
-        "layers_per_block",
-        "norm_eps",
-        "norm_num_groups",
-        "num_class_embeds",
-        "out_channels",
-        "resnet_time_scale_shift",
-        "sample_size",  # the usual size, which the pipeline's defaults are made of
-        "up_block_types",
-        "upsample_type",
-    }
-)
+_READ = READ | {"attn_norm_num_groups", "downsample_type", "upsample_type"}
+_WITHOUT_EFFECT = frozenset({"sample_size"})  # the usual size, which the pipeline's defaults are made of
 _DOWN = {"DownBlock2D": False, "ResnetDownsampleBlock2D": False, "AttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "ResnetUpsampleBlock2D": False, "AttnUpBlock2D": True}
 _WAY = dict.fromkeys(("DownBlock2D", "UpBlock2D"), "conv")
 _WAY |= dict.fromkeys(("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"), "resnet")
 """Blocks that resample in one way whatever `downsample_type` and `upsample_type` say."""
-SAME = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups", "norm_eps", "dropout", "flip_sin_to_cos")
 
 
 def convert_unconditional(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,19 +40,13 @@ def convert_unconditional(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: for unknown keys, and values that our U-Net cannot serve; all of them are named.
     """
-    wrong = [
-        f"{key} = {value!r}"
-        for key, value in sorted(given.items())
-        if key not in _READ and not (key in _FIXED and value in _FIXED[key])
-    ]
+    wrong = refused(given, _READ | _WITHOUT_EFFECT, _FIXED)
     shift = given.get("resnet_time_scale_shift", "default")
     groups, own = given.get("norm_num_groups", 32), given.get("attn_norm_num_groups")
-    if shift not in ("default", "scale_shift"):
-        wrong.append(f"resnet_time_scale_shift = {shift!r}")
     if own != groups and (own is not None or shift == "scale_shift"):  # None: the middle's attention then has no norm
         wrong.append(f"attn_norm_num_groups = {own!r} (only norm_num_groups = {groups!r} can be served)")
     if wrong:
-        raise ConfigError(f"diffusers UNet2DModel config: {'; '.join(wrong)} cannot be served")
+        raise ConfigError(f"diffusers UNet2DModel config: {'; '.join(wrong)}")
     widths = given.get("block_out_channels", (224, 448, 672, 896))
     return (
         {"in_channels": 3, "out_channels": 3}
@@ -99,13 +74,7 @@ def _types(given: Mapping[str, Any]) -> tuple[Sequence[str], Sequence[str]]:
 def _attended(given: Mapping[str, Any], levels: int) -> list[bool]:
     """Which levels have attention, by the names of their blocks."""
     down, up = _types(given)
-    attended = [_DOWN[name] for name in down if name in _DOWN]
-    if len(attended) != len(down) or [_UP.get(name) for name in up] != attended[::-1] or len(attended) != levels:
-        raise ConfigError(
-            f"diffusers UNet2DModel config: blocks {list(down)} and {list(up)} must mirror each other, one for each of the "
-            f"{levels} block_out_channels, of {[*_DOWN, *_UP]}"
-        )
-    return attended
+    return attention_levels(down, up, known_down=_DOWN, known_up=_UP, levels=levels, config="diffusers UNet2DModel config")
 
 
 def _by_res_block(given: Mapping[str, Any]) -> bool:

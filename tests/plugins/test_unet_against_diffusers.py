@@ -69,8 +69,9 @@ def test_unconditional_as_accurate_as_diffusers(values: dict) -> None:
         ({"downsample_type": "conv"}, "resampled by conv and resnet"),
         ({"up_block_types": ("UpBlock2D", "AttnUpBlock2D")}, "resampled by conv and resnet"),
         ({"attention_head_dim": 0}, "attention_head_dim = 0 must be positive"),
-        ({"mid_block_type": None, "some": 1}, "mid_block_type = None; some = 1"),
-        ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, "must mirror each other"),
+        ({"mid_block_type": None, "some": 1}, r"unknown key 'some' \(= 1\); mid_block_type = None \(only 'UNetMidBlock2D' can"),
+        ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, r"block types \['SkipDownBlock2D'\] are none of"),
+        ({"down_block_types": ("DownBlock2D", "DownBlock2D")}, "must mirror each other"),
     ],
 )
 def test_unconditional_configs_that_cannot_be_served(change: dict, said: str) -> None:
