@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from ldmkit.errors import InputError
 from ldmkit.interfaces import Level, SamplerState
 from ldmkit.schedule import CLEAN, NoiseSchedule, Schedule
 from ldmkit_samplers._base import SamplerConfig, SpacedSampler
+from ldmkit_samplers._two_stage import euler
 
 
 class DPMConfig(SamplerConfig):
@@ -73,6 +75,19 @@ def few(state: SamplerState) -> bool:
 def decay(level: Level, to: Level) -> float:
     """exp(-h), h = lambda' - lambda: from 0 (from pure noise, or to the clean image) to 1."""
     return (to.sigma * level.alpha) / (level.sigma * to.alpha)
+
+
+def reverse_step(x: Tensor, denoised: Tensor, level: Level, to: Level, eta: float) -> tuple[Tensor, float]:
+    """Mean and standard deviation of a step of the reverse stochastic equation that takes x0 to stay (k-diffusion's
+    `sample_dpmpp_2m_sde` without memory): x' = sigma'/sigma e^(-eta h) x + alpha' (1 - e^(-h - eta h)) x0
+    + sigma' sqrt(1 - e^(-2 eta h)) noise. From pure noise and onto the clean image it is Euler's, without noise.
+    """
+    kept = decay(level, to)
+    if kept == 0:
+        return euler(x, denoised, level, to), 0.0
+    h = -math.log(kept)
+    mean = (to.sigma / level.sigma) * math.exp(-eta * h) * x - to.alpha * math.expm1(-h * (1 + eta)) * denoised
+    return mean, to.sigma * math.sqrt(-math.expm1(-2 * eta * h))
 
 
 INVERSE_FACTORIALS = tuple(1 / math.factorial(j) for j in range(24))

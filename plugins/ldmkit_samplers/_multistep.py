@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,15 @@ def remember(state: SamplerState, estimate: Tensor, order: int) -> Memory:
     """The newest `order` estimates. One made at pure noise (an infinite ratio) is on no polynomial, and is forgotten."""
     older: tuple[Any, ...] = tuple(entry for entry in state.history if math.isfinite(entry[1]))
     return ((estimate, state.level.ratio), *older)[:order]
+
+
+def slopes(memory: Memory, h: float) -> tuple[list[Tensor], list[float]]:
+    """How estimates change from each to the next older one, the newest first, and how far apart these two are; both in
+    log(alpha / sigma), in units of a step's h.
+    """
+    estimates, ratios = zip(*memory, strict=True)
+    gaps = [math.log(before / ratio) / h for ratio, before in pairwise(ratios)]
+    return [(new - old) / gap for (new, old), gap in zip(pairwise(estimates), gaps, strict=True)], gaps
 
 
 def noise_in(x: Tensor, denoised: Tensor, level: Level) -> Tensor:

@@ -8,9 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from ldmkit.interfaces import Denoise, SamplerFacts, SamplerState, Transition
-from ldmkit_samplers._dpm import DPMConfig, DPMFamily, decay
+from ldmkit_samplers._dpm import DPMConfig, DPMFamily, decay, reverse_step
 from ldmkit_samplers._multistep import remember
-from ldmkit_samplers._two_stage import euler
 
 
 class DPMpp2MSDESampler(DPMFamily):
@@ -34,19 +33,16 @@ class DPMpp2MSDESampler(DPMFamily):
         super().__init__(config)
 
     def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
-        """x' = sigma'/sigma e^(-eta h) x + alpha' (1 - e^(-h - eta h)) (x0 + its change) + noise; the history holds x0."""
+        """As `reverse_step`, of x0 + its change in place of x0; the history holds x0."""
         level, to, eta = state.level, state.next_level, self.config.eta
         denoised = denoise(state.x, level)
         memory = remember(state, denoised, 2)
+        mean, std = reverse_step(state.x, denoised, level, to, eta)
         kept = decay(level, to)
-        if kept == 0:
-            return Transition(euler(state.x, denoised, level, to), 0.0, denoised, memory)
-        h = -math.log(kept)
-        total = h * (1 + eta)
-        mean = (to.sigma / level.sigma) * math.exp(-eta * h) * state.x - to.alpha * math.expm1(-total) * denoised
-        if len(memory) == 2 and h > 0:
+        if len(memory) == 2 and 0 < kept < 1:
+            h = -math.log(kept)
+            total = h * (1 + eta)
             (_, ratio), (before, ratio_before) = memory
             weight = -math.expm1(-total) / 2 if self.config.solver_type == "midpoint" else 1 + math.expm1(-total) / total
             mean = mean + to.alpha * weight * (h / math.log(ratio_before / ratio)) * (denoised - before)
-        std = to.sigma * math.sqrt(-math.expm1(-2 * eta * h)) * self.config.s_noise
-        return Transition(mean, std, denoised, memory, interval=(level.ratio, to.ratio))
+        return Transition(mean, std * self.config.s_noise, denoised, memory, interval=(level.ratio, to.ratio))

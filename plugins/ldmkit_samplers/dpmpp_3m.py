@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Literal
 
 from ldmkit.interfaces import Denoise, SamplerFacts, SamplerState, Transition
 from ldmkit_samplers._dpm import DPMConfig, DPMFamily, decay, few
-from ldmkit_samplers._multistep import remember
+from ldmkit_samplers._multistep import remember, slopes
 
 
 class DPMpp3MSampler(DPMFamily):
@@ -43,13 +42,11 @@ class DPMpp3MSampler(DPMFamily):
         if order == 1 or not 0 < kept < 1:
             return Transition(x, 0.0, denoised, memory)
         h = -math.log(kept)
-        estimates, ratios = zip(*memory[:order], strict=True)
-        gaps = [math.log(before / ratio) / h for ratio, before in pairwise(ratios)]
-        slopes = [(new - old) / gap for (new, old), gap in zip(pairwise(estimates), gaps, strict=True)]
+        slope, gap = slopes(memory[:order], h)
         phi_2 = 1 - (1 - kept) / h
         if order == 2:
             weight = (1 - kept) / 2 if self.config.solver_type == "midpoint" else phi_2
-            return Transition(x + to.alpha * weight * slopes[0], 0.0, denoised, memory)
-        bend = (slopes[0] - slopes[1]) / (gaps[0] + gaps[1])
-        x = x + to.alpha * (phi_2 * (slopes[0] + gaps[0] * bend) - (phi_2 / h - 0.5) * bend)
+            return Transition(x + to.alpha * weight * slope[0], 0.0, denoised, memory)
+        bend = (slope[0] - slope[1]) / (gap[0] + gap[1])
+        x = x + to.alpha * (phi_2 * (slope[0] + gap[0] * bend) - (phi_2 / h - 0.5) * bend)
         return Transition(x, 0.0, denoised, memory)

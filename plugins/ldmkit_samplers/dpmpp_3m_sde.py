@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 from pydantic import Field
 
 from ldmkit.interfaces import Denoise, SamplerFacts, SamplerState, Transition
-from ldmkit_samplers._dpm import DPMConfig, DPMFamily, decay
-from ldmkit_samplers._multistep import remember
-from ldmkit_samplers._two_stage import euler
+from ldmkit_samplers._dpm import DPMConfig, DPMFamily, decay, reverse_step
+from ldmkit_samplers._multistep import remember, slopes
 
 
 class DPMpp3MSDESampler(DPMFamily):
@@ -35,27 +33,20 @@ class DPMpp3MSDESampler(DPMFamily):
         super().__init__(config)
 
     def transition(self, denoise: Denoise, state: SamplerState) -> Transition:
-        """As dpm++-2m-sde's, with x0's first and second derivative in log(alpha / sigma); the history holds x0."""
+        """As `reverse_step`, and what x0's first and second derivative in log(alpha / sigma) add; the history holds x0."""
         level, to, eta = state.level, state.next_level, self.config.eta
         denoised = denoise(state.x, level)
         memory = remember(state, denoised, 3)
+        mean, std = reverse_step(state.x, denoised, level, to, eta)
         kept = decay(level, to)
-        if kept == 0:
-            return Transition(euler(state.x, denoised, level, to), 0.0, denoised, memory)
-        h = -math.log(kept)
-        total = h * (1 + eta)
-        mean = (to.sigma / level.sigma) * math.exp(-eta * h) * state.x - to.alpha * math.expm1(-total) * denoised
-        if len(memory) > 1 and h > 0:
+        if len(memory) > 1 and 0 < kept < 1:
+            h = -math.log(kept)
+            total = h * (1 + eta)
             phi_2 = math.expm1(-total) / total + 1
-            estimates, ratios = zip(*memory, strict=True)
-            gaps = [math.log(b / a) / h for a, b in pairwise(ratios)]
-            slopes = [
-                (a - b) / gap for a, b, gap in ((*pair, gap) for pair, gap in zip(pairwise(estimates), gaps, strict=True))
-            ]
-            change = phi_2 * slopes[0]
+            slope, gap = slopes(memory, h)
+            change = phi_2 * slope[0]
             if len(memory) == 3:
-                bend = (slopes[0] - slopes[1]) / (gaps[0] + gaps[1])
-                change = change + (phi_2 * gaps[0] - (phi_2 / total - 0.5)) * bend
+                bend = (slope[0] - slope[1]) / (gap[0] + gap[1])
+                change = change + (phi_2 * gap[0] - (phi_2 / total - 0.5)) * bend
             mean = mean + to.alpha * change
-        std = to.sigma * math.sqrt(-math.expm1(-2 * eta * h)) * self.config.s_noise
-        return Transition(mean, std, denoised, memory, interval=(level.ratio, to.ratio))
+        return Transition(mean, std * self.config.s_noise, denoised, memory, interval=(level.ratio, to.ratio))
