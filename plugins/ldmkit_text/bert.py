@@ -8,15 +8,14 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel
 
 import ldmkit.config
 from ldmkit.config import AssetPath
-from ldmkit.errors import ConfigError
 from ldmkit.interfaces import Condition, Conditioner
-from ldmkit_text.prompts import PromptEncoder, check_prompts
-from ldmkit_text.wordpiece import PAD, UNK, read_vocab
+from ldmkit_text.bert_prompts import bert_prompts
+from ldmkit_text.prompts import check_prompts
+from ldmkit_text.wordpiece import UNK
 
 
 class BertConditioner(Conditioner):
@@ -81,20 +80,16 @@ class BertConditioner(Conditioner):
     def __init__(self, config: BertConditioner.Config) -> None:
         super().__init__()
         self.config = config
-        vocab = read_vocab(config.vocab)
-        if config.vocab_size is not None and config.vocab_size < len(vocab):
-            raise ConfigError(f"vocab_size {config.vocab_size} is less than the {len(vocab)} pieces of {config.vocab}")
         masked = set() if config.attend_padding else {"mask_BL"}
         self.provides = frozenset({"tokens_BLC", *masked, *({"vector_BC"} if config.pooled else ())})
-        self.tokenizer = BertWordPieceTokenizer(vocab, lowercase=config.lowercase)
-        self.prompt_encoder = PromptEncoder(
-            self.tokenizer,
+        self.prompt_encoder, pieces = bert_prompts(
+            config.vocab,
+            vocab_size=config.vocab_size,
+            lowercase=config.lowercase,
             max_length=config.max_length,
-            pad_token=PAD,
-            pad_id=vocab[PAD],
             to_longest=config.padding == "longest",
         )
-        bert = BertModel(_bert_config(config, len(vocab), vocab[PAD]), add_pooling_layer=False)
+        bert = BertModel(_bert_config(config, pieces, self.prompt_encoder.pad_id), add_pooling_layer=False)
         # Its parts are registered, it is not: parameters then have BertModel's own names, and it sees them move and load.
         self._bert = (bert,)
         self.embeddings, self.encoder = bert.embeddings, bert.encoder
@@ -129,7 +124,7 @@ class BertConditioner(Conditioner):
     def unknown(self, prompt: str) -> list[str]:
         """The words of a prompt that the vocabulary cannot spell, in order; the model sees [UNK] in their place."""
         self.check([prompt])
-        encoding = self.tokenizer.encode(prompt)
+        encoding = self.prompt_encoder.tokenizer.encode(prompt)
         windows = [encoding, *encoding.overflowing]
         unknown = [offsets for w in windows for offsets, piece in zip(w.offsets, w.tokens, strict=True) if piece == UNK]
         return [prompt[start:end] for start, end in unknown]

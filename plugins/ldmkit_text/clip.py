@@ -270,15 +270,11 @@ class CLIPTextConditioner(Conditioner):
     @classmethod
     def from_diffusers(cls, configs: Configs, tokenizers: Mapping[str, Path]) -> Reading:
         """See `ldmkit.checkpoints.foreign`. Raises: ConfigError, CheckpointError."""
-        from ldmkit_text.huggingface import clip_values
+        from ldmkit_text.huggingface import clip_values, tokenizer_of
 
-        (name,) = configs
-        if "tokenizer" not in tokenizers:
-            raise CheckpointError(
-                f"{name} has no tokenizer beside it, and prompts cannot be read without; pass conditioner=..."
-            )
-        values = clip_values(configs[name], tokenizers["tokenizer"], projected=False, source=f"the config of {name}")
-        return Reading(values)
+        ((name, given),) = configs.items()
+        tokenizer = tokenizer_of(name, tokenizers)
+        return Reading(clip_values(given, tokenizer, projected=False, source=f"the config of {name}"))
 
     def to_diffusers(self) -> Mapping[str, Written]:
         """See `ldmkit.checkpoints.foreign`. Raises: ConfigError where Stable Diffusion 1 and 2 would take other tokens."""

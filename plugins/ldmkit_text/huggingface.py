@@ -160,6 +160,13 @@ def clip_tokenizer_files(vocab: Path, merges: Path | None, *, pad_token: str, le
     }
 
 
+def tokenizer_of(name: str, tokenizers: Mapping[str, Path]) -> Path:
+    """The folder of a text encoder's tokenizer, of those in a diffusers folder. Raises: CheckpointError where there is none."""
+    if "tokenizer" not in tokenizers:
+        raise CheckpointError(f"{name} has no tokenizer beside it, and prompts cannot be read without; pass conditioner=...")
+    return tokenizers["tokenizer"]
+
+
 def load_bert(conditioner: nn.Module, folder: Path) -> None:
     """Fill a BERT conditioner with a folder's `model.safetensors` (or its shards).
 

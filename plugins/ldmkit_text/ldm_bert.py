@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from tokenizers.implementations import BertWordPieceTokenizer
 
 import ldmkit.config
 from ldmkit.checkpoints.foreign import Configs, Reading, Written
 from ldmkit.config import AssetPath
-from ldmkit.errors import CheckpointError, ConfigError
+from ldmkit.errors import ConfigError
 from ldmkit.interfaces import Condition, Conditioner
-from ldmkit_text.huggingface import bert_tokenizer_files, bert_tokenizer_values
+from ldmkit_text.bert_prompts import bert_prompts
+from ldmkit_text.huggingface import bert_tokenizer_files, bert_tokenizer_values, tokenizer_of
 from ldmkit_text.pre_norm import PreNormEncoder
-from ldmkit_text.prompts import PromptEncoder, check_prompts
-from ldmkit_text.wordpiece import PAD, read_vocab
+from ldmkit_text.prompts import check_prompts
 
 HEAD = {r"to_logits\.": "the language model's head; conditioning uses the last hidden states"}
 """Keys that are left out, and why."""
@@ -72,14 +71,8 @@ class LDMBertConditioner(Conditioner):
     def __init__(self, config: LDMBertConditioner.Config) -> None:
         super().__init__()
         self.config = config
-        vocab = read_vocab(config.vocab)
-        if config.vocab_size < len(vocab):
-            raise ConfigError(f"vocab_size {config.vocab_size} is less than the {len(vocab)} pieces of {config.vocab}")
-        self.prompt_encoder = PromptEncoder(
-            BertWordPieceTokenizer(vocab, lowercase=config.lowercase),
-            max_length=config.max_length,
-            pad_token=PAD,
-            pad_id=vocab[PAD],
+        self.prompt_encoder, _ = bert_prompts(
+            config.vocab, vocab_size=config.vocab_size, lowercase=config.lowercase, max_length=config.max_length
         )
         self.model = PreNormEncoder(
             vocab_size=config.vocab_size,
@@ -112,12 +105,8 @@ class LDMBertConditioner(Conditioner):
     @classmethod
     def from_diffusers(cls, configs: Configs, tokenizers: Mapping[str, Path]) -> Reading:
         """See `ldmkit.checkpoints.foreign`. Raises: ConfigError, CheckpointError."""
-        (name,) = configs
-        if "tokenizer" not in tokenizers:
-            raise CheckpointError(
-                f"{name} has no tokenizer beside it, and prompts cannot be read without; pass conditioner=..."
-            )
-        given = configs[name]
+        ((name, given),) = configs.items()
+        tokenizer = tokenizer_of(name, tokenizers)
         wrong = [
             f"{key} = {given[key]!r} (only {value!r} can be served)"
             for key, value in _FIXED.items()
@@ -126,7 +115,7 @@ class LDMBertConditioner(Conditioner):
         if wrong:
             raise ConfigError(f"the config of {name}: {'; '.join(wrong)}")
         values = {ours: given[theirs] for ours, theirs in _NAMES.items() if theirs in given}
-        return Reading({**values, **bert_tokenizer_values(tokenizers["tokenizer"])}, ignored=HEAD)
+        return Reading({**values, **bert_tokenizer_values(tokenizer)}, ignored=HEAD)
 
     def to_diffusers(self) -> dict[str, Written]:
         """See `ldmkit.checkpoints.foreign`."""
