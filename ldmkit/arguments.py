@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldmkit.conjunction import And
-from ldmkit.errors import InputError, InputTypeError
+from ldmkit.errors import InputError, InputTypeError, NumericalError
 from ldmkit.guidance import Guidance
 from ldmkit.interfaces import Condition, Conditioner, Denoiser, Levels, Sampler
 from ldmkit.noise import GeneratorNoise, KeyedNoise, NoiseSource
@@ -49,13 +49,10 @@ class Asked:
 
     @property
     def count(self) -> int:
-        """How many. Raises: InputError for a condition that sets nothing."""
+        """How many."""
         if self.inputs is not None:
             return len(self.inputs)
-        size = self.embeds.shape[0] if isinstance(self.embeds, Tensor) else self.embeds.batch_size if self.embeds else None
-        if not size:
-            raise InputError("prompt_embeds is an empty Condition: it sets no field")
-        return size
+        return _pictures(self.embeds) if self.embeds is not None else 0
 
     def condition(self, conditioner: Conditioner | None, **options: Any) -> Condition:
         """The condition, from the conditioner unless it was made before."""
@@ -118,6 +115,13 @@ def refused(
         warnings.warn(text, stacklevel=4)
     if embeds is not None:
         _check_embeds("negative_prompt_embeds", embeds)
+        given_for, wanted = _pictures(embeds), positive.count
+        if given_for not in (1, wanted):
+            raise InputError(
+                f"negative_prompt_embeds are for {given_for} pictures, and there are {wanted} prompts; give one, or as many"
+            )
+        if given_for < wanted:
+            embeds = embeds.repeat(wanted) if isinstance(embeds, Condition) else embeds.repeat_interleave(wanted, dim=0)
         return Asked(embeds=embeds)
     if conditioner is None:
         if prompt is not None:
@@ -203,7 +207,11 @@ def guidance(defaults: Any, denoiser: Denoiser, *, guided: bool, told: Mapping[s
     ):
         if name in given and not given.get(other):
             raise InputError(f"{name} = {given[name]!r} has no effect without {other}")
-    layers = given.get("pag_layers", ("mid",))
+    layers, batched = given.get("pag_layers", ("mid",)), given.get("guidance_batched")
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, str) for layer in layers):
+        raise InputTypeError(f"pag_layers = {layers!r}: must be the name of a self-attention layer, or a list of names")
+    if not isinstance(batched, bool | None):
+        raise InputTypeError(f"guidance_batched = {batched!r}: must be True, False or None")
     classifier, ratio = given.get("classifier"), given.get("dynamic_thresholding_ratio")
     if classifier is not None and not callable(classifier):
         raise InputTypeError(f"classifier must be a function (x, level) -> log p(y | x) (B,), got {classifier!r}")
@@ -217,7 +225,7 @@ def guidance(defaults: Any, denoiser: Denoiser, *, guided: bool, told: Mapping[s
         classifier_scale=number("classifier_scale", given.get("classifier_scale", 1.0), low=-math.inf),
         thresholding_ratio=None if ratio is None else number("dynamic_thresholding_ratio", ratio, low=0, high=1),
         thresholding_limit=number("dynamic_thresholding_limit", given.get("dynamic_thresholding_limit", 1.0), low=0),
-        batched=given.get("guidance_batched"),
+        batched=batched,
         told=scale if distilled else None,
     )
 
@@ -225,7 +233,7 @@ def guidance(defaults: Any, denoiser: Denoiser, *, guided: bool, told: Mapping[s
 def _interval(value: Any) -> tuple[float, float]:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         raise InputTypeError(f"guidance_interval = {value!r}: must be a pair (low, high) in sigma / alpha")
-    low, high = (number("guidance_interval", end, low=0) for end in value)
+    low, high = (number("guidance_interval", end, low=0, infinite=True) for end in value)
     if not low < high:
         raise InputError(f"guidance_interval = ({low:g}, {high:g}): low must be below high, in sigma / alpha")
     return low, high
@@ -236,6 +244,17 @@ def _check_embeds(name: str, value: Any) -> None:
         raise InputTypeError(f"{name} must be a tensor (B, L, C) or a Condition, got {type(value).__name__}")
     if isinstance(value, Tensor) and value.ndim != 3:
         raise InputError(f"{name} must be (B, L, C), got shape {tuple(value.shape)}")
+    if not _pictures(value):
+        why = "it sets no field" if isinstance(value, Condition) and not value.given() else "its batch is empty"
+        raise InputError(f"{name} is for no picture: {why}")
+    for tensor in [value] if isinstance(value, Tensor) else [getattr(value, field) for field in value.given()]:
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise NumericalError(f"{name} holds {bad} NaN or infinite values of {tensor.numel()} (before step 1)")
+
+
+def _pictures(embeds: Tensor | Condition) -> int:
+    """How many a condition made before is for."""
+    return len(embeds) if isinstance(embeds, Tensor) else embeds.batch_size or 0
 
 
 def conditioner_options(conditioner: Conditioner | None, embeds: Any, *, prefix: str = "", **told: Any) -> dict[str, Any]:
@@ -312,7 +331,7 @@ def _numbers(name: str, values: Any) -> list[Any]:
 
 
 def noise_source(
-    seed: int | Sequence[int] | None,
+    seed: int | list[int] | None,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     *,
     count: int,
@@ -330,27 +349,36 @@ def noise_source(
         if isinstance(source.generator, list) and len(source.generator) != count:
             raise InputError(f"{len(source.generator)} generators for a batch of {count}; give one, or one per image")
         return source, None
-    seed = plain(seed)
-    if isinstance(seed, Sequence):
-        return KeyedNoise(list(seed), [first_image] * count, device=device), list(seed)
-    used = secrets.randbits(32) if seed is None else seed
-    return KeyedNoise(used, [first_image + k for k in range(count)], device=device), used
+    if isinstance(seed, list):
+        keyed = KeyedNoise(seed, [first_image] * count, device=device)
+        return keyed, keyed.seeds
+    keyed = KeyedNoise(secrets.randbits(32) if seed is None else seed, [first_image + k for k in range(count)], device=device)
+    return keyed, keyed.seeds[0]
 
 
-def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    """A number in [low, high]. Raises: InputError."""
+def seeds(value: Any) -> Any:
+    """A seed, or a list of them, in Python's own numbers; anything else as it is."""
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        allowed = f"a number of at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
-        raise InputError(f"{name} = {value!r}: must be {allowed}")
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return [plain(seed) for seed in value] if several else value
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf, *, infinite: bool = False) -> float:
+    """A number in [low, high], finite unless `infinite` ones are allowed. Raises: InputError."""
+    value = plain(value)
+    fits = not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= high
+    if not fits or (abs(value) == math.inf and not infinite):
+        kind = "a number" if infinite else "a finite number"
+        bounds = "" if low == -math.inf else f" of at least {low:g}" if high == math.inf else f" from {low:g} to {high:g}"
+        raise InputError(f"{name} = {value!r}: must be {kind}{bounds}")
     return float(value)
 
 
-def count(name: str, value: Any) -> int:
-    """A whole number of at least 1. Raises: InputError."""
+def count(name: str, value: Any, low: int = 1) -> int:
+    """A whole number of at least `low`. Raises: InputError."""
     value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} = {value!r}: must be a whole number of at least 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InputError(f"{name} = {value!r}: must be a whole number of at least {low}")
     whole: int = value
     return whole
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,8 +22,8 @@ def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None
     """Images => raw pixels in [-1, 1], float32 (B, C, H, W).
 
     Args:
-        images: a PIL image; an array (H, W, C) or (B, H, W, C) in [0, 1] or uint8; a tensor (C, H, W) or (B, C, H, W) in
-            [-1, 1] (taken to be in [0, 1] when nothing in it is negative, as diffusers does); or a list of these.
+        images: a PIL image; an array (H, W, C) or (B, H, W, C) in [0, 1] or uint8; a tensor (C, H, W) or (B, C, H, W), uint8 or
+            in [-1, 1] (taken to be in [0, 1] when nothing in it is negative, as diffusers does); or a list of these.
         channels: 3 or 1; PIL images are converted.
         size: (height, width) to resize PIL images to.
 
@@ -30,9 +31,9 @@ def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None
         InputTypeError: for anything else. InputError: for wrong shapes, differing sizes, or values out of range.
     """
     entries = list(images) if isinstance(images, list | tuple) else [images]
-    if not entries:
-        raise InputError("an empty list of images was given")
     batches = [_one(entry, channels, size) for entry in entries]
+    if not sum(map(len, batches)):
+        raise InputError("images were given, but there is none among them: an empty list, or a batch of none")
     sizes = {tuple(batch.shape[2:]) for batch in batches}
     if len(sizes) > 1:
         raise InputError(f"images of one call must have one size, got (height, width) {sorted(sizes)}; resize them first")
@@ -41,6 +42,7 @@ def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None
 
 def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
     if isinstance(image, Image.Image):
+        _check_mode(image)
         image = image.convert("RGB" if channels == 3 else "L")
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.LANCZOS)
@@ -50,21 +52,23 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
         x_BHWC = image[None] if image.ndim == 3 else image
         if x_BHWC.ndim != 4:
             raise InputError(f"an image array must be (H, W, C) or (B, H, W, C), got shape {image.shape}")
+        _check_numbers("an image", image)
         x = torch.from_numpy(np.ascontiguousarray(x_BHWC)).permute(0, 3, 1, 2)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         if x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise InputError(f"an image array must be in [0, 1] (or uint8), got [{x.min():g}, {x.max():g}]")
         x = 2 * x - 1
     elif isinstance(image, Tensor):
-        x = (image[None] if image.ndim == 3 else image).float()
+        x = (image[None] if image.ndim == 3 else image).float() / (255 if image.dtype == torch.uint8 else 1)
         if x.ndim != 4:
             raise InputError(f"an image tensor must be (C, H, W) or (B, C, H, W), got shape {tuple(image.shape)}")
         if x.numel() and not (x.min() >= -1 and x.max() <= 1):
             raise InputError(f"an image tensor must be in [-1, 1], got [{x.min():g}, {x.max():g}]")
-        x = x if x.min() < 0 else 2 * x - 1
+        x = x if bool((x < 0).any()) else 2 * x - 1
     else:
         raise InputTypeError(
-            f"an image must be a PIL image, a numpy array, a tensor or a list of them, got {type(image).__name__}"
+            "an image must be a PIL image, a numpy array, a tensor or a list of them, got "
+            f"{type(image).__name__}{_opening(image)}"
         )
     if x.shape[1] != channels:
         raise InputError(f"an image with {x.shape[1]} channels was given where {channels} are needed")
@@ -76,32 +80,37 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
 def to_mask(mask: Any, *, size: tuple[int, int], resize: bool = False) -> Tensor:
     """A mask image => float32 (B, 1, H, W) of 0 (keep) and 1 (repaint); white, above one half, is repainted.
 
-    Takes what `to_pixels` takes, and arrays (H, W) or tensors (H, W), (1, H, W) with values in [0, 1].
+    Takes what `to_pixels` takes, and arrays (H, W) or tensors (H, W), (1, H, W) with values in [0, 1] or uint8, where white is
+    255.
 
     Args:
         size: (height, width) it must have.
         resize: bring PIL masks to that size, as `to_pixels` does with images.
 
     Raises:
-        InputError: when its size differs from the image's, with both.
+        InputError: when its size differs from the image's, with both; where uint8 goes from 0 to 1, for white is 255.
     """
     entries = list(mask) if isinstance(mask, list | tuple) else [mask]
     planes = []
     for entry in entries:
         if isinstance(entry, Image.Image):
+            _check_mode(entry)
             entry = entry.convert("L")
             if resize and entry.size != size[::-1]:
                 entry = entry.resize(size[::-1], Image.Resampling.NEAREST)
             entry = np.array(entry)
         if isinstance(entry, np.ndarray):
-            scale = 255 if entry.dtype == np.uint8 else 1
-            entry = torch.from_numpy(np.ascontiguousarray(entry)).float() / scale
+            _check_numbers("a mask", entry)
+            entry = torch.from_numpy(np.ascontiguousarray(entry))
             entry = entry.squeeze(-1) if entry.ndim == 3 and entry.shape[-1] == 1 else entry
         if not isinstance(entry, Tensor):
             raise InputTypeError(
-                f"a mask must be a PIL image, a numpy array, a tensor or a list of them, got {type(entry).__name__}"
+                "a mask must be a PIL image, a numpy array, a tensor or a list of them, got "
+                f"{type(entry).__name__}{_opening(entry)}"
             )
-        entry = entry.float()
+        if entry.dtype == torch.uint8 and entry.numel() and entry.max() == 1:
+            raise InputError("a uint8 mask goes from 0 to 1, but white is 255 there: multiply it by 255, or give it as bool")
+        entry = entry.float() / (255 if entry.dtype == torch.uint8 else 1)
         if not 2 <= entry.ndim <= 4 or (entry.ndim == 4 and entry.shape[1] != 1):
             raise InputError(f"a mask must be (H, W), (1, H, W) or (B, 1, H, W), got shape {tuple(entry.shape)}")
         plane = entry[:, None] if entry.ndim == 3 else entry.reshape(-1, 1, *entry.shape[-2:])
@@ -113,7 +122,27 @@ def to_mask(mask: Any, *, size: tuple[int, int], resize: bool = False) -> Tensor
                 "they must be of one size"
             )
         planes.append(plane)
+    if not sum(map(len, planes)):
+        raise InputError("mask_image holds no mask: an empty list, or a batch of none")
     return (torch.cat(planes) >= 0.5).float()
+
+
+def _check_mode(image: Image.Image) -> None:
+    """Raise InputError for a picture in which white is no known number: PIL would clip it to 0 .. 255."""
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"a PIL image of mode {image.mode!r} does not say which number is white; give an array in [0, 1] instead: "
+            "np.asarray(image) / 65535 where it is 16 bits of grey, with [..., None].repeat(3, axis=-1) for a picture"
+        )
+
+
+def _check_numbers(what: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "bfiu":
+        raise InputTypeError(f"{what} must be made of numbers, got an array of {array.dtype}")
+
+
+def _opening(value: Any) -> str:
+    return f"; open it first: PIL.Image.open({str(value)!r})" if isinstance(value, str | Path) else ""
 
 
 def from_pixels(x_BCHW: Tensor, output_type: OutputType) -> Any:

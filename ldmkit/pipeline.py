@@ -402,7 +402,8 @@ class Pipeline(Adaptable):
                 A list gives each picture a seed of its own, under which it has the number first_image.
             generator: noise from torch.Generator instead, one or one per picture, in the order diffusers draws.
             latents: the starting noise itself (B, C, H/f, W/f); it is multiplied by the first level's scale.
-            prompt_embeds, negative_prompt_embeds: conditions made before, tensors (B, L, C) or `Condition`s.
+            prompt_embeds, negative_prompt_embeds: conditions made before, tensors (B, L, C) or `Condition`s; one negative one
+                serves all prompts.
             clip_skip, prompt_syntax: for conditioners that take them. "weighted" reads `(word:1.3)`, `[word]`, BREAK, prompts
                 of any length, and "one AND other :0.5"; "plain" (the default) takes every character as it is.
             prompt_2, original_size, crops_coords_top_left, target_size, aesthetic_score: what Stable Diffusion XL is told
@@ -422,6 +423,9 @@ class Pipeline(Adaptable):
         """
         if output_type not in get_args(OutputType):
             raise InputError(f"output_type = {output_type!r}: must be one of {', '.join(get_args(OutputType))}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise InputTypeError(f"callback_on_step_end must be a function, see `Callback`, got {callback_on_step_end!r}")
+        seed, first_image = arguments.seeds(seed), arguments.count("first_image", first_image, low=0)
         given = self.defaults
         guidance = arguments.guidance(
             given,
@@ -606,25 +610,27 @@ class Pipeline(Adaptable):
         options = {"total": task.steps, "initial": first, "unit": "step", **self._progress}
         if progress is not None:
             options["disable"] = not progress
-        healthy: list[Tensor] = []
+        denoiser, healthy = f"the denoiser {type(self.denoiser).__name__}", _Health(state.levels.num_steps)
         with tqdm(**options) as bar:
             while not (state.done or stop or state.step == task.until):
                 step, level = state.step, state.level
                 state = sampler.step(denoise, state, StepNoise(noise, step, state.x))
                 state = task.blend(state)
-                healthy.append(torch.isfinite(state.x).all())
+                healthy.note(denoiser, state)
                 if state.done or state.x.device.type == "cpu":  # elsewhere, looking at a number would wait for the device
-                    _check_steps(healthy, self.denoiser, first, state.levels.num_steps)
+                    healthy.check()
                 if callback is not None:
                     now = dataclasses.replace(begun, state=dataclasses.replace(state, drawn=(), laws=()))
                     tensors = {"latents": state.x, "denoised": state.denoised, "state": now}
                     latents, stop = _answer(callback(self, step, level.t, tensors), tensors)
-                    state = dataclasses.replace(state, x=latents)
+                    if latents is not state.x:
+                        state = dataclasses.replace(state, x=latents.to(state.x))
+                        healthy.note("callback_on_step_end", state)
                 if not keep:
                     states.clear()
                 states.append(state)
                 bar.update()
-        _check_steps(healthy, self.denoiser, first, state.levels.num_steps)
+        healthy.check()
         return states
 
 
@@ -650,6 +656,8 @@ def _config(cls: type[C], value: C | Mapping[str, Any] | None) -> C | None:
 
 
 def _built(kind: str, value: str | Mapping[str, Any]) -> Any:
+    if not isinstance(value, str | Mapping):
+        raise InputTypeError(f"{kind} must be a name or a mapping with 'name', got {type(value).__name__}")
     config = {"name": value} if isinstance(value, str) else dict(value)
     if "name" not in config:
         raise ConfigError(f"{kind}: a mapping must have the key 'name', got {sorted(config)}")
@@ -676,18 +684,33 @@ def _answer(answer: Any, tensors: Mapping[str, Any]) -> tuple[Tensor, bool]:
         raise InputError(f"callback_on_step_end returned {shown}; only 'latents' can be changed, and 'stop' said")
     if not isinstance(stop := answer.get("stop", False), bool):
         raise InputTypeError(f"callback_on_step_end returned 'stop' = {stop!r}; it must be True or False")
-    latents: Tensor = answer.get("latents", tensors["latents"])
+    latents = answer.get("latents", tensors["latents"])
+    if not isinstance(latents, Tensor):
+        raise InputTypeError(f"callback_on_step_end returned latents that are no tensor: {type(latents).__name__}")
     shape, wanted = tuple(latents.shape), tuple(tensors["latents"].shape)
     if shape != wanted:
         raise InputError(f"callback_on_step_end returned latents of shape {shape}; they were {wanted}")
     return latents, stop
 
 
-def _check_steps(healthy: list[Tensor], denoiser: Denoiser, first: int, steps: int) -> None:
-    bad = [k for k, good in enumerate(torch.stack(healthy).tolist(), start=first + 1) if not good]
-    if bad:
-        name = type(denoiser).__name__
-        raise NumericalError(f"the denoiser {name} produced NaN or infinite values at step {bad[0]} of {steps}; {OVERFLOW}")
+class _Health:
+    """Whether the latents are finite, and who made them when first they were not; looked at only when asked."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._notes: list[tuple[str, int, Tensor]] = []
+
+    def note(self, by: str, state: SamplerState) -> None:
+        """Latents made by somebody."""
+        self._notes.append((by, state.step, torch.isfinite(state.x).all()))
+
+    def check(self) -> None:
+        """Raise NumericalError for the first that are not finite."""
+        fine = torch.stack([good for _, _, good in self._notes]).tolist() if self._notes else []
+        for (by, step, _), good in zip(self._notes, fine, strict=True):
+            if not good:
+                raise NumericalError(f"{by} produced NaN or infinite values at step {step} of {self._steps}; {OVERFLOW}")
+        self._notes.clear()
 
 
 def _finite(x: Tensor | None, part: str, when: str) -> None:

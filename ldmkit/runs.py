@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldmkit.checkpoints.files import write_bytes
-from ldmkit.errors import CheckpointError, InputError, InputTypeError
+from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError
 from ldmkit.interfaces import Denoise, Level, Levels, Sampler, SamplerState
 
 KEY = "ldmkit.run"
@@ -132,14 +132,17 @@ class RunState:
             raise CheckpointError(f"{path} is a safetensors file, but not the state of a run") from None
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as the state of a run: {error}") from None
-        scale, rising = about["initial_scale"], about["rising"]
-        begun, levels = (
-            Levels([Level(*numbers) for numbers in about[name]], initial_scale=scale, rising=rising)
-            for name in ("begun", "levels")
-        )
-        x, denoised, history = (_unpack(about[name], tensors) for name in ("x", "denoised", "history"))
-        state = SamplerState(x=x, levels=levels, step=about["step"], history=history, denoised=denoised)
-        return cls(state, begun, about["seed"], about["first_image"], about["sampler"])
+        try:
+            scale, rising = about["initial_scale"], about["rising"]
+            begun, levels = (
+                Levels([Level(*numbers) for numbers in about[name]], initial_scale=scale, rising=rising)
+                for name in ("begun", "levels")
+            )
+            x, denoised, history = (_unpack(about[name], tensors) for name in ("x", "denoised", "history"))
+            state = SamplerState(x=x, levels=levels, step=about["step"], history=history, denoised=denoised)
+            return cls(state, begun, about["seed"], about["first_image"], about["sampler"])
+        except (ConfigError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read as the state of a run: {type(error).__name__}: {error}") from None
 
 
 def describe(sampler: Sampler) -> dict[str, Any]:

@@ -60,12 +60,14 @@ class Task:
         return sampler.init(self.noise, self.levels, start=self.start)
 
     def blend(self, state: SamplerState) -> SamplerState:
-        """Put the kept part back, noised to the state's level with the run's first noise; clean after the last step."""
+        """Put the kept part back, noised to the state's level with the run's first noise; clean after the last step, and into
+        the estimate, which is the picture of a run that is stopped."""
         if self.keep is None or self.mask is None:
             return state
         level: Level = state.level
         kept = self.keep if state.done else level.alpha * self.keep + level.sigma * self.noise
-        return dataclasses.replace(state, x=self.mask * state.x + (1 - self.mask) * kept)
+        denoised = None if state.denoised is None else self.mask * state.denoised + (1 - self.mask) * self.keep
+        return dataclasses.replace(state, x=self.mask * state.x + (1 - self.mask) * kept, denoised=denoised)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +107,10 @@ class Run:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise InputTypeError(f"{name} = {value!r}: must be a whole number of pixels")
             if value < 1 or value % multiple:
-                near = sorted({max(multiple, value // multiple * multiple), (value // multiple + 1) * multiple})
+                near = sorted({max(multiple, (value // multiple + up) * multiple) for up in (0, 1)})
                 nearest = " and ".join(map(str, near))
-                raise InputError(f"{name} = {value}: must be a multiple of {multiple}; the nearest are {nearest}")
+                are = "is" if len(near) == 1 else "are"
+                raise InputError(f"{name} = {value}: must be a multiple of {multiple}; the nearest {are} {nearest}")
         return height // self.autoencoder.downscale, width // self.autoencoder.downscale
 
     def first_noise(self, latents: Any, size: tuple[int, int]) -> Tensor:

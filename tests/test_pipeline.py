@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import ldmkit
-from ldmkit import Pipeline
+from ldmkit import Condition, Pipeline
 from ldmkit.errors import (
     ArchitectureMismatchError,
     CheckpointError,
@@ -159,6 +159,10 @@ def test_inpainting_keeps_what_is_not_masked_to_the_bit(pipe: Pipeline) -> None:
     outside = torch.from_numpy(mask[::2, ::2] == 0)
     assert torch.equal(drawn[..., outside], again[..., outside])
     assert (drawn - again)[..., ~outside].abs().max() > 1e-3
+    stopped = latents_of(
+        pipe, "a pear", image=picture(), mask_image=Image.fromarray(mask), callback_on_step_end=lambda *at: {"stop": at[1] == 1}
+    )
+    assert torch.equal(drawn[..., outside], stopped[..., outside])
 
 
 def test_nine_channel_inpainting_is_told_mask_and_masked_image(tmp_path: Path) -> None:
@@ -220,11 +224,36 @@ def test_numbers_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
         (True, InputTypeError, "None or a mapping"),
         ({"latent": 1}, InputError, "'latent'; only 'latents' can be changed"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, InputError, r"shape \(1, 4, 8, 8\); they were \(1, 4, 16, 16\)"),
+        ({"latents": np.zeros((1, 4, 16, 16))}, InputTypeError, "latents that are no tensor: ndarray"),
+        ({"latents": None}, InputTypeError, "latents that are no tensor: NoneType"),
+        (
+            {"latents": torch.full((1, 4, 16, 16), torch.nan)},
+            NumericalError,
+            "^callback_on_step_end produced NaN or infinite values at step 1 of 4",
+        ),
     ],
 )
 def test_a_callback_s_wrong_answer_is_named(pipe: Pipeline, answer: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pipe("a pear", callback_on_step_end=lambda *_: answer)
+
+
+def test_a_callback_s_latents_go_on_in_the_run_s_type(pipe: Pipeline) -> None:
+    def change(to: torch.dtype) -> torch.Tensor:
+        return latents_of(pipe, "a pear", callback_on_step_end=lambda p, i, t, x: {"latents": x["latents"].round().to(to)})
+
+    assert change(torch.float64).dtype == torch.float32
+    assert torch.equal(change(torch.float64), change(torch.float32))
+
+
+def test_one_negative_embedding_serves_all_prompts(pipe: Pipeline) -> None:
+    assert pipe.conditioner is not None
+    prompts, one = ["a pear", "a red apple"], pipe.conditioner(["blue"])
+    tokens = one.tokens_BLC
+    assert tokens is not None
+    for given, each in ((one, one.repeat(2)), (tokens, tokens.repeat(2, 1, 1))):
+        drawn = latents_of(pipe, prompts, negative_prompt_embeds=given)
+        assert torch.equal(drawn, latents_of(pipe, prompts, negative_prompt_embeds=each))
 
 
 def test_eight_threads_draw_what_one_draws(pipe: Pipeline) -> None:
@@ -377,7 +406,26 @@ def test_wrong_arguments_of_loading_are_named_before_anything_is_read(tmp_path: 
         ({"guidance_scale": -1}, InputError, "guidance_scale = -1"),
         ({"guidance_rescale": 1.5}, InputError, "guidance_rescale = 1.5"),
         ({"eta": 2.0}, ConfigError, "eta"),
+        ({"guidance_scale": float("inf")}, InputError, "guidance_scale = inf: must be a finite number of at least 0"),
         ({"num_images_per_prompt": 0}, InputError, "num_images_per_prompt = 0"),
+        ({"height": -8}, InputError, "height = -8: must be a multiple of 4; the nearest is 4"),
+        ({"seed": ["1"]}, InputTypeError, "seed = '1': must be a whole number"),
+        ({"first_image": -1}, InputError, "first_image = -1: must be a whole number of at least 0"),
+        ({"first_image": "1"}, InputError, "first_image = '1'"),
+        ({"callback_on_step_end": 5}, InputTypeError, "callback_on_step_end must be a function"),
+        ({"guidance_method": 5}, InputTypeError, "guidance-method must be a name or a mapping with 'name', got int"),
+        ({"prompt": None, "prompt_embeds": Condition()}, InputError, "prompt_embeds is for no picture: it sets no field"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(0, 5, 32)}, InputError, "for no picture: its batch is empty"),
+        (
+            {"prompt": None, "prompt_embeds": torch.full((1, 5, 32), torch.nan)},
+            NumericalError,
+            "prompt_embeds holds 160 NaN or infinite values of 160",
+        ),
+        (
+            {"negative_prompt_embeds": torch.zeros(2, 5, 32)},
+            InputError,
+            "negative_prompt_embeds are for 2 pictures, and there are 1 prompts",
+        ),
         ({"seed": -1}, InputError, "seed = -1"),
         ({"seed": [1, 2]}, InputError, "2 seeds for 1 images"),
         ({"seed": 1, "generator": torch.Generator()}, InputError, "seed and generator"),

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -156,6 +157,15 @@ def test_a_state_can_be_saved_without_stopping(pipe: Pipeline, tmp_path: Path) -
     rest = draw(pipe, "unipc", resume=tmp_path / "2.safetensors", seed=None, num_images_per_prompt=2)
     assert torch.equal(rest.images, whole.images)
     assert rest.seed == [5, 6]
+    for seed in ((5, 6), np.array([5, 6]), [np.int64(5), np.uint8(6)]):
+        again = draw(pipe, "unipc", resume=tmp_path / "2.safetensors", seed=seed, num_images_per_prompt=2)
+        assert torch.equal(again.images, whole.images)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(pipe: Pipeline, tmp_path: Path) -> None:
+    half = draw(pipe, seed=[np.int64(5)], first_image=np.int64(2), callback_on_step_end=stopping_at(1)).state
+    loaded = RunState.load(half.save(tmp_path / "run.safetensors"))
+    assert (loaded.seed, loaded.first_image) == ([5], 2)
 
 
 def test_a_run_that_does_not_fit_the_call_is_refused(pipe: Pipeline, tmp_path: Path) -> None:
@@ -202,7 +212,8 @@ def test_samplers_that_cannot_say_so_before_any_work(pipe: Pipeline, monkeypatch
 def test_damaged_and_foreign_files_are_named(pipe: Pipeline, tmp_path: Path) -> None:
     whole = draw(pipe, callback_on_step_end=stopping_at(1)).state.save(tmp_path / "run.safetensors").read_bytes()
     other = safetensors.torch.save({"x": torch.zeros(1)})
-    foreign = {"short": whole[:-9], "empty": b"", "other": other}
+    hollow = safetensors.torch.save({"x": torch.zeros(1)}, metadata={"ldmkit.run": "{}"})
+    foreign = {"short": whole[:-9], "empty": b"", "other": other, "hollow": hollow}
     for name, data in foreign.items():
         message = "is a safetensors file, but not the state" if name == "other" else "cannot be read"
         (tmp_path / name).write_bytes(data)
