@@ -331,7 +331,7 @@ def _numbers(name: str, values: Any) -> list[Any]:
 
 
 def noise_source(
-    seed: int | list[int] | None,
+    seed: int | Sequence[int] | None,
     generator: torch.Generator | Sequence[torch.Generator] | None,
     *,
     count: int,
