@@ -14,17 +14,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import ldmkit.config
 from ldmkit.checkpoints.compvis import clip_map
-from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.foreign import Configs, Reading, Written
 from ldmkit.config import AssetPath
 from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError
 from ldmkit.interfaces import Condition, Conditioner
 from ldmkit_text.added_tokens import added_decoder, check_new, fitting, grow, pieces
-from ldmkit_text.packed import read_packed
+from ldmkit_text.byte_pair import BOS, EOS, read_byte_pairs
 from ldmkit_text.prompts import PromptEncoder, check_prompts
 from ldmkit_text.weighting import chunks, emphasise, parse
-
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # Stable Diffusion 1; XL's first encoder is the same with layer="penultimate", final_layer_norm=False.
@@ -131,7 +128,9 @@ class CLIPTextConditioner(Conditioner):
     def __init__(self, config: CLIPTextConditioner.Config) -> None:
         super().__init__()
         self.config = config
-        vocab, merges = _read_vocab(config)
+        vocab, merges = read_byte_pairs(config.vocab, config.merges, pad_token=config.pad_token)
+        if config.vocab_size is not None and config.vocab_size < len(vocab):
+            raise ConfigError(f"vocab_size {config.vocab_size} is less than the {len(vocab)} pieces of {config.vocab}")
         self.provides = frozenset({"tokens_BLC", "vector_BC"} if config.pooled else {"tokens_BLC"})
         try:
             tokenizer = CLIPTokenizer(vocab, merges, pad_token=config.pad_token).backend_tokenizer
@@ -324,56 +323,6 @@ class CLIPTextConditioner(Conditioner):
         conditioner = cls.build(**{**clip_config_values(folder, Path(tokenizer or folder)), **changes})
         load_clip(conditioner, folder)
         return conditioner.eval()
-
-
-def _read_vocab(config: CLIPTextConditioner.Config) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary, piece => id, and the merges, best first. Raises: CheckpointError, ConfigError."""
-    if config.merges is None and config.vocab.endswith(".gz"):
-        return read_packed(Path(config.vocab))
-    content = read_json(Path(config.vocab))
-    vocab, lines = _parts_of_tokenizer(content, config.vocab) if config.merges is None else (content, None)
-    if not isinstance(vocab, dict) or sorted(vocab.values(), key=str) != sorted(range(len(vocab)), key=str):
-        raise CheckpointError(f"vocabulary {config.vocab} must map pieces to the numbers from 0 on, each once")
-    lacking = [token for token in (BOS, EOS, config.pad_token) if token not in vocab]
-    if lacking:
-        raise CheckpointError(f"vocabulary {config.vocab} lacks {', '.join(lacking)}")
-    if config.vocab_size is not None and config.vocab_size < len(vocab):
-        raise ConfigError(f"vocab_size {config.vocab_size} is less than the {len(vocab)} pieces of {config.vocab}")
-    if config.merges is None:
-        return vocab, _merges(lines or [], config.vocab)
-    try:
-        lines = Path(config.merges).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise CheckpointError(f"merges {config.merges} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"merges {config.merges} is not UTF-8 text: {error}") from None
-    return vocab, _merges(lines, config.merges)
-
-
-def _parts_of_tokenizer(content: Any, path: str) -> tuple[dict[str, int], list[str]]:
-    """Vocabulary and merges out of a tokenizer.json."""
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
-        raise CheckpointError(f"{path} is no tokenizer.json of a byte-pair tokenizer; give vocab.json and merges.txt")
-    lines = [" ".join(pair) if _is_pair(pair) else str(pair) for pair in model["merges"]]
-    return model["vocab"], lines
-
-
-def _is_pair(value: Any) -> bool:
-    """As newer files have merges, where older ones have one text with a space in it."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(piece, str) for piece in value)
-
-
-def _merges(lines: Sequence[str], path: str) -> list[tuple[str, str]]:
-    merges: list[tuple[str, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        first, space, second = line.partition(" ")
-        if not (first and space and second) or " " in second:
-            raise CheckpointError(f"merges {path}: line {number} is not two pieces with a space between: {line!r}")
-        merges.append((first, second))
-    return merges
 
 
 def _clip_config(config: CLIPTextConditioner.Config, vocab: Mapping[str, int]) -> CLIPTextConfig:

@@ -232,6 +232,9 @@ def test_the_packed_vocabulary_is_the_published_one(shared: Path, tmp_path: Path
     files = CLIPTextConditioner.build(vocab=str(path), **tiny).to_diffusers()["tokenizer"].files
     assert json.loads(files["vocab.json"]) == vocab
     assert files["merges.txt"].decode().splitlines()[1:] == merges[1:]
+    for wrong, told in (({"pad_token": "<pad>"}, "lacks <pad>"), ({"vocab_size": 9}, "vocab_size 9 is less than the 49408")):
+        with pytest.raises((CheckpointError, ConfigError), match=told):
+            CLIPTextConditioner.build(vocab=str(path), **tiny, **wrong)
     for content, message in ((b"no gzip", "cannot be read"), (gzip.compress(b"x\na b c\n"), "no list of merges")):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=message):

@@ -23,7 +23,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldmkit.errors import ArchitectureMismatchError, CheckpointError, ConfigError, InputError, InputTypeError
-from ldmkit_text.clip import BOS, EOS, PRESETS, CLIPTextConditioner
+from ldmkit_text.byte_pair import BOS, EOS
+from ldmkit_text.clip import PRESETS, CLIPTextConditioner
 from ldmkit_text.prompts import PromptTruncatedWarning
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

@@ -16,7 +16,8 @@ from transformers import CLIPTokenizer
 
 from ldmkit import And, Pipeline, build
 from ldmkit.errors import InputError
-from ldmkit_text.clip import BOS, EOS, CLIPTextConditioner
+from ldmkit_text.byte_pair import BOS, EOS
+from ldmkit_text.clip import CLIPTextConditioner
 from ldmkit_text.weighting import chunks, parse
 from tests.conditions import randomise, tiny_pipeline
 
