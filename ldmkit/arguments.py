@@ -288,7 +288,7 @@ def negative_options(conditioner: Conditioner | None, embeds: Any, positive: Map
     return {**shared, **score, **conditioner_options(conditioner, embeds, prefix="negative_", **told)}
 
 
-def takes(conditioner: Conditioner | None, name: str) -> bool:
+def takes(conditioner: Conditioner | type[Any] | None, name: str) -> bool:
     """Whether the conditioner's `forward` has such an argument."""
     return conditioner is not None and name in signature(conditioner.forward).parameters
 

@@ -264,7 +264,8 @@ class Conditioner(Part, nn.Module):
 
         May take options, keyword arguments with defaults: those that `ldmkit.Pipeline` has by the same name are passed on
         (prompt_2, clip_skip, ...), and `image_size`, (height, width) of what is drawn in pixels, is told wherever it is asked
-        for.
+        for. In training on pictures, so are `original_size`, `crops_coords_top_left` and `target_size`: int64 tensors (B, 2),
+        a row for each picture (SDXL, arXiv:2307.01952, sec. 2.2); those who take them take these as well as one pair for all.
 
         Raises:
             InputTypeError: for an input of the wrong type.

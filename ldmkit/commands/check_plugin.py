@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldmkit.commands.table import table
 from ldmkit.errors import InputError, MissingDependencyError, PluginError
 from ldmkit.plugin.manager import Plugin
 from ldmkit.plugin.registry import registry
@@ -40,12 +42,16 @@ def check(what: str, *, examples: int, as_json: bool) -> int:
         offered = f" (it offers the {', the '.join(others)}: its own tests hold them)" if others else ""
         raise PluginError(f"{what}: there is a suite for nothing in it{offered}")
     reports = []
-    for subject in subjects:
-        report = conformance.check(subject, examples=examples, progress=_progress(str(subject)))
+    for i, subject in enumerate(subjects, start=1):
+        with _progress(f"{i} of {len(subjects)}: {subject}") as progress:
+            report = conformance.check(subject, examples=examples, progress=progress)
         reports.append(report)
         if not as_json:
             print(report.table(), end="\n\n", flush=True)
     passed = all(report.passed for report in reports)
+    if len(reports) > 1 and not as_json:
+        rows = [(report.kind, report.name, report.summary()) for report in reports]
+        print(table(("kind", "name", "properties"), rows), end="\n\n")
     if as_json:
         plain = {"passed": passed, "reports": [report.as_dict() for report in reports], "without_suite": others}
         print(json.dumps(plain, indent=2))
@@ -105,10 +111,14 @@ def _project(folder: Path) -> dict[str, Any]:
     return {"version": "0", **project}
 
 
-def _progress(name: str) -> Callable[[str], None] | None:
-    """Tells a terminal which property is being tried."""
-
-    def tell(prop: str) -> None:
-        print(f"\r\033[K{name}: {prop}", end="", file=sys.stderr, flush=True)
-
-    return tell if sys.stderr.isatty() else None
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str], None] | None]:
+    """Tells a terminal which property is being tried, in a line that is gone afterwards; a log, which part is."""
+    if not sys.stderr.isatty():
+        print(what, file=sys.stderr, flush=True)
+        yield None
+        return
+    try:
+        yield lambda prop: print(f"\r\033[K{what}: {prop}", end="", file=sys.stderr, flush=True)
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -26,9 +26,14 @@ class Pictures(ABC):
 
     Attributes:
         conditions: one per picture (prompts or labels), or None where none were asked for.
+        original_sizes: whole numbers (N, 2), (height, width) of each before it was brought to its size; None: that size.
+        crops: whole numbers (N, 2), (top, left) of what is left of it, in pixels after it was resized and before it is
+            mirrored; None: nothing was cut off. Both are for conditioners that ask for them, as `sdxl-text` does.
     """
 
     conditions: list[Any] | None
+    original_sizes: np.ndarray | None = None
+    crops: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -100,6 +105,13 @@ def _checked_source(pictures: Any, config: DataConfig, channels: int, conditione
         raise DataError(f"data.source {name!r} must read uint8 {wanted}, and read {first.dtype} {first.shape}")
     if conditioned and (pictures.conditions is None or len(pictures.conditions) != len(pictures)):
         raise DataError(f"data.source {name!r} must have one condition for each of its {len(pictures)} pictures")
+    for what in ("original_sizes", "crops"):
+        told = getattr(pictures, what)
+        if told is not None and not (
+            isinstance(told, np.ndarray) and told.shape == (len(pictures), 2) and told.dtype.kind in "iu"
+        ):
+            found = f"{told.dtype} {told.shape}" if isinstance(told, np.ndarray) else repr(told)
+            raise DataError(f"data.source {name!r}: {what} must be whole numbers ({len(pictures)}, 2) or None, and is {found}")
     return pictures
 
 
@@ -140,7 +152,7 @@ def _open_npz(config: DataConfig, path: Path, channels: int, conditioned: bool) 
         if problem:
             raise DataError(f"{path}: the pictures are {problem}")
         x_NHWC = np.stack([_fitted(_to_image(x), config, channels) for x in x_NHWC])
-    return StoredPictures(x_NHWC, conditions)
+    return _measured(StoredPictures(x_NHWC, conditions), np.tile([height, width], (len(x_NHWC), 1)), config)
 
 
 def _to_image(x_HWC: np.ndarray) -> Image.Image:
@@ -237,28 +249,32 @@ def _checked_pictures(
     def decode(i: int) -> np.ndarray:
         return _fitted(load(i), config, channels)
 
-    def attempt(i: int) -> np.ndarray | str:
+    def attempt(i: int) -> tuple[np.ndarray, tuple[int, int]] | str:
         try:
             image = load(i)
         except Exception as error:  # Pillow raises a dozen kinds, by file format
             return f"unreadable: {names[i]} ({type(error).__name__}: {str(error)[:80]})"
         problem = _size_problem(config, *image.size)
-        return f"wrong size: {names[i]} is {problem}" if problem else _fitted(image, config, channels)
+        return f"wrong size: {names[i]} is {problem}" if problem else (_fitted(image, config, channels), image.size)
 
     height, width = config.height_width
     keep = len(names) * height * width * channels <= config.memory_mib * 2**20
     x_NHWC = np.empty((len(names) if keep else 0, height, width, channels), np.uint8)
+    original_sizes = np.empty((len(names), 2), np.int64)
     problems: list[str] = []
     with ThreadPoolExecutor() as threads:
         checked = tqdm(threads.map(attempt, range(len(names))), "checking pictures", total=len(names), disable=not progress)
         for i, result in enumerate(checked):
             if isinstance(result, str):
                 problems.append(result)
-            elif keep:
-                x_NHWC[i] = result
+                continue
+            original_sizes[i] = result[1][::-1]
+            if keep:
+                x_NHWC[i] = result[0]
     if problems:
         raise DataError(f"{source}: {len(problems)} of {len(names)} pictures cannot be used; {_some(problems, separator='; ')}")
-    return StoredPictures(x_NHWC, conditions) if keep else DecodedPictures(decode, len(names), conditions)
+    pictures = StoredPictures(x_NHWC, conditions) if keep else DecodedPictures(decode, len(names), conditions)
+    return _measured(pictures, original_sizes, config)
 
 
 # ----------------------------------------------------------------------------------------------------------------- details
@@ -290,6 +306,20 @@ def _size_problem(config: DataConfig, width: int, height: int) -> str | None:
     return None
 
 
+def _measured(pictures: Pictures, original_sizes: np.ndarray, config: DataConfig) -> Pictures:
+    """The same pictures, which know what they were made from."""
+    pictures.original_sizes = original_sizes
+    pictures.crops = np.array([_crop(size, config.height_width)[1] for size in original_sizes.tolist()])
+    return pictures
+
+
+def _crop(original: Sequence[int], wanted: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) to resize to, so that nothing wanted is missing, and (top, left) of the centre there."""
+    scale = max(wanted[1] / original[1], wanted[0] / original[0])
+    height, width = (max(side, round(before * scale)) for side, before in zip(wanted, original, strict=True))
+    return (height, width), ((height - wanted[0]) // 2, (width - wanted[1]) // 2)
+
+
 def _fitted(image: Image.Image, config: DataConfig, channels: int) -> np.ndarray:
     """Transparency laid on white, the shorter side resized, the centre cropped: uint8 (H, W, C)."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -298,9 +328,7 @@ def _fitted(image: Image.Image, config: DataConfig, channels: int) -> np.ndarray
     image = image.convert("RGB" if channels == 3 else "L")
     height, width = config.height_width
     if image.size != (width, height):
-        scale = max(width / image.width, height / image.height)
-        size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-        left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        image = image.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
+        size, (top, left) = _crop((image.height, image.width), (height, width))
+        image = image.resize(size[::-1], Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
     x_HWC = np.asarray(image)
     return x_HWC if x_HWC.ndim == 3 else x_HWC[..., None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from ldmkit.training.latents import LatentCache, encode_all
 from ldmkit.training.loop import Options, Result, run
 from ldmkit.training.losses import diffusion_loss, level_weight
 from ldmkit.training.recipes import DiffusionRecipe, WeightingConfig
+from ldmkit.training.sizes import told
 from ldmkit.training.stage import Share, Stage, build_part, check_size, read_pixels
 
-Batch = tuple[Tensor, Tensor, Tensor, list[Any] | None]
+Batch = tuple[Tensor, Tensor, Tensor, list[Any] | None, dict[str, Any]]
 
 
 def train_diffusion(recipe: DiffusionRecipe, options: Options, *, base: str | Path = ".") -> Result:
@@ -69,7 +70,14 @@ class DiffusionObjective(nn.Module):
         self.register_buffer("alphas_T", torch.tensor([level.alpha for level in levels]), persistent=False)
         self.register_buffer("sigmas_T", torch.tensor([level.sigma for level in levels]), persistent=False)
 
-    def forward(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, inputs: list[Any] | None) -> Tensor:
+    def forward(
+        self,
+        x0_BCHW: Tensor,
+        noise_BCHW: Tensor,
+        t_B: Tensor,
+        inputs: list[Any] | None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Loss per picture, (B,).
 
         Args:
@@ -77,11 +85,12 @@ class DiffusionObjective(nn.Module):
             noise_BCHW: standard normal.
             t_B: whole times of the schedule.
             inputs: the conditioner's, some of them replaced by its null input.
+            options: the conditioner's.
         """
         condition = Condition()
         if self.conditioner is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-                condition = self.conditioner(inputs)
+                condition = self.conditioner(inputs, **(options or {}))
         alpha_B, sigma_B = self.alphas_T[t_B], self.sigmas_T[t_B]
         return diffusion_loss(
             self.denoiser, self.prediction, x0_BCHW, condition, noise_BCHW, alpha_B=alpha_B, sigma_B=sigma_B, t_B=t_B,
@@ -171,13 +180,18 @@ class DiffusionStage(Stage):
         assert self.pictures.conditions is not None
         self.conditioner.check([*self.pictures.conditions, self.conditioner.null_input])
         with torch.no_grad():  # guidance dropout gives it the null input: a class table without a row for that says so here
-            self.denoiser.prepare(self.conditioner([self.conditioner.null_input]))
+            self.denoiser.prepare(self.conditioner([self.conditioner.null_input], **self._told(np.array([0]))))
         if preview is not None:
             if not preview.inputs:
                 raise ConfigError("preview.inputs is empty: name some prompts or labels to draw, or leave out preview")
             self.conditioner.check(list(preview.inputs))
         with torch.no_grad():
-            self.denoiser.check(self.conditioner(self.pictures.conditions[:1]))
+            self.denoiser.check(self.conditioner(self.pictures.conditions[:1], **self._told(np.array([0]))))
+
+    def _told(self, indices: np.ndarray) -> dict[str, Any]:
+        if self.conditioner is None:
+            return {}
+        return told(self.conditioner, self.pictures, indices, self.recipe.data.height_width)
 
     def batch(self, step: int, share: Share) -> Batch:
         seed, size = self.recipe.seed, self.recipe.batch_size
@@ -197,7 +211,7 @@ class DiffusionStage(Stage):
             x0_BCHW = self._cache.sample(indices, posterior_BCHW)
         else:
             x0_BCHW = self._encode(read_pixels(self.pictures, indices, self.recipe, step, share), posterior_BCHW)
-        return x0_BCHW, noise_BCHW, torch.from_numpy(share(times)), inputs
+        return x0_BCHW, noise_BCHW, torch.from_numpy(share(times)), inputs, self._told(indices)
 
     @torch.no_grad()
     def _encode(self, x_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
@@ -208,7 +222,8 @@ class DiffusionStage(Stage):
         x0_BCHW, noise_BCHW, t_B = (t.to(device, non_blocking=True) for t in batch[:3])
         if self.recipe.channels_last:
             x0_BCHW = x0_BCHW.contiguous(memory_format=torch.channels_last)
-        loss = self.objectives["diffusion"](x0_BCHW, noise_BCHW, t_B, batch[3]).mean()
+        options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch[4].items()}
+        loss = self.objectives["diffusion"](x0_BCHW, noise_BCHW, t_B, batch[3], options).mean()
         yield "diffusion", loss, {"loss": loss}
 
     def preview(self, path: Path, device: torch.device) -> None:

@@ -24,6 +24,9 @@ from ldmkit_text.prompts import check_prompts
 Size = tuple[int, int]
 """(height, width), or (top, left), in pixels."""
 
+Sizes = Size | Sequence[Size] | Tensor
+"""One for all inputs, or one for each: (B, 2)."""
+
 SCORE = 6.0
 """Aesthetic score that the refiner is told unless another is given."""
 
@@ -84,9 +87,9 @@ class SDXLTextConditioner(Conditioner):
         clip_skip: int | None = None,
         prompt_syntax: Literal["plain", "weighted"] = "plain",
         image_size: Size | None = None,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
+        original_size: Sizes | None = None,
+        crops_coords_top_left: Sizes = (0, 0),
+        target_size: Sizes | None = None,
         aesthetic_score: float = SCORE,
     ) -> Condition:
         """Prompts => tokens and vector.
@@ -95,6 +98,7 @@ class SDXLTextConditioner(Conditioner):
             prompt_2: for the second encoder; the same prompts if not given.
             clip_skip, prompt_syntax: as for `clip-text`.
             image_size: (height, width) of what is drawn, which original_size and target_size are where they are not given.
+                Those and crops_coords_top_left are one pair for all inputs, or one for each (in training, each picture's own).
             original_size: (height, width) that the picture is to look as if it had had before it was scaled.
             crops_coords_top_left: where it is to look as if it had been cut.
             target_size: (height, width) that it is to look as if it had been scaled to; not told to the refiner,
@@ -104,8 +108,16 @@ class SDXLTextConditioner(Conditioner):
             InputTypeError, InputError: as `check`; for sizes that are no pairs of numbers, or that nothing tells.
         """
         self.check(inputs, prompt_2=prompt_2, prompt_syntax=prompt_syntax)
-        sizes = [*_pair("original_size", original_size or image_size), *_pair("crops_coords_top_left", crops_coords_top_left)]
-        sizes += [aesthetic_score] if self.first is None else _pair("target_size", target_size or image_size)
+        told = {
+            "original_size": image_size if original_size is None else original_size,
+            "crops_coords_top_left": crops_coords_top_left,
+            "target_size": image_size if target_size is None else target_size,
+        }
+        if self.first is None:
+            told.pop("target_size")
+        sizes = [_pairs(name, value, len(inputs)) for name, value in told.items()]
+        if self.first is None:
+            sizes.append(torch.full((1, 1), aesthetic_score))
         texts = _texts(inputs)
         options: dict[str, Any] = {"clip_skip": clip_skip, "prompt_syntax": prompt_syntax}
         made = self.second(_for_second(texts, prompt_2), **options)
@@ -117,8 +129,10 @@ class SDXLTextConditioner(Conditioner):
         if self.config.zero_null:
             asked_B = torch.tensor([value is not None for value in inputs], device=tokens_BLC.device)
             tokens_BLC, pooled_BC = tokens_BLC * asked_B[:, None, None], pooled_BC * asked_B[:, None]
-        numbers = sinusoidal_embedding(torch.tensor(sizes, device=pooled_BC.device), self.config.size_dim).flatten()
-        sizes_BC = numbers.to(pooled_BC.dtype).expand(len(pooled_BC), -1)
+        rows = max(map(len, sizes))  # 1 where all inputs are told the same
+        numbers = torch.cat([size.to(pooled_BC.device).expand(rows, -1) for size in sizes], dim=1)
+        sizes_BC = sinusoidal_embedding(numbers.flatten(), self.config.size_dim).reshape(rows, -1)
+        sizes_BC = sizes_BC.to(pooled_BC.dtype).expand(len(pooled_BC), -1)
         return Condition(tokens_BLC=tokens_BLC, mask_BL=made.mask_BL, vector_BC=torch.cat([pooled_BC, sizes_BC], dim=1))
 
     def add_tokens(self, words: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -197,9 +211,15 @@ def _for_second(texts: list[str], prompt_2: Any) -> list[str]:
     return own * len(texts) if len(own) == 1 else own
 
 
-def _pair(name: str, value: Any) -> list[float]:
+def _pairs(name: str, value: Any, count: int) -> Tensor:
+    """float32 (1, 2), or (count, 2)."""
     if value is None:
         raise InputError(f"{name} is not known: give it, or image_size=(height, width)")
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise InputTypeError(f"{name} = {value!r}: must be a pair of numbers of pixels")
-    return [float(number) for number in value]
+    try:
+        pairs = torch.as_tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError):
+        pairs = torch.empty(0)
+    if pairs.shape not in ((2,), (count, 2)):
+        shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise InputTypeError(f"{name} = {shown}: must be a pair of numbers of pixels, or one for each of {count} inputs")
+    return pairs.reshape(-1, 2)

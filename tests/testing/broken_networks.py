@@ -173,6 +173,14 @@ def padded_means(self, condition, *_):
     return Condition(tokens_BLC=condition.tokens_BLC - condition.tokens_BLC.mean(1, keepdim=True), mask_BL=condition.mask_BL)
 
 
+class OneCrop(GoodConditioner):
+    """Tells all of a batch where the first was cut."""
+
+    def forward(self, inputs, *, crops_coords_top_left=(0, 0)):
+        first = torch.as_tensor(crops_coords_top_left).reshape(-1, 2)[:1]
+        return super().forward(inputs, crops_coords_top_left=first)
+
+
 CONDITIONERS = {
     **common(GoodConditioner, "forward", scaled_condition),
     "shapes": changed(GoodConditioner, "forward", lambda self, c, *_: dataclasses.replace(c, vector_BC=c.tokens_BLC[:, 0])),
@@ -184,6 +192,7 @@ CONDITIONERS = {
     "inputs are told apart": changed(
         GoodConditioner, "forward", lambda self, c, inputs: GoodConditioner.forward(self, ["x" for _ in inputs])
     ),
+    "each picture's own sizes": OneCrop,
     "wrong types": type("Untyped", (GoodConditioner,), {"__doc__": "Broken.", "check": lambda self, inputs: None}),
 }
 """By the property that sees it."""

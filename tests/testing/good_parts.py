@@ -199,7 +199,9 @@ class GoodAutoencoder(Autoencoder):
 
 
 class GoodConditioner(Conditioner):
-    """A token for each byte, which knows its place and the bytes before it; a mask over what pads short texts."""
+    """A token for each byte, which knows its place, the bytes before it and where the picture was cut; a mask over what pads
+    short texts.
+    """
 
     class Config(ldmkit.Config):
         """Attributes:
@@ -222,11 +224,12 @@ class GoodConditioner(Conditioner):
             if not isinstance(text, str):
                 raise InputTypeError(f"a prompt must be a string, got {text!r}")
 
-    def forward(self, inputs):
+    def forward(self, inputs, *, crops_coords_top_left=(0, 0)):
         self.check(inputs)
         ids = [[256, *text.encode()] for text in inputs]
         longest = max(map(len, ids))
         ids_BL = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.bytes.weight.device)
         mask_BL = torch.tensor([[i < len(row) for i in range(longest)] for row in ids], device=ids_BL.device)
         before_BLC = self.bytes(ids_BL).cumsum(dim=1) / torch.arange(1, longest + 1, device=ids_BL.device)[:, None]
-        return Condition(tokens_BLC=torch.tanh(self.mix(before_BLC)), mask_BL=mask_BL)
+        corner = torch.as_tensor(crops_coords_top_left).to(before_BLC).reshape(-1, 2).sum(dim=1)[:, None, None] / 64
+        return Condition(tokens_BLC=torch.tanh(self.mix(before_BLC + corner)), mask_BL=mask_BL)

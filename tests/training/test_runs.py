@@ -380,7 +380,7 @@ def test_shifted_times_are_as_often_noisy_as_the_recipe_says(data: Path, autoenc
 def test_conditions_go_with_their_pictures(data: Path, autoencoder: Path, tmp_path: Path) -> None:
     recipe = stage_two(data, autoencoder, guidance_dropout=0.0, seed=3)
     stage = DiffusionStage(recipe, data, Options(tmp_path), torch.device("cpu"))
-    x0, _, t, inputs = stage.batch(5, Share(0, 1))
+    x0, _, t, inputs, _ = stage.batch(5, Share(0, 1))
     indices = Order(3, 24, 4)(5)
     assert inputs == squares()[1][indices].tolist()
     cache = encode_all(stage.autoencoder, stage.pictures, folder=tmp_path, dtype=torch.float16, device=torch.device("cpu"))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmkit.arguments import takes
+from ldmkit.arguments import SIZES, takes
 from ldmkit.errors import InputTypeError, LdmkitError
 from ldmkit.interfaces import Condition, Conditioner
 from ldmkit.testing.conformance.common import properties_of_all
-from ldmkit.testing.conformance.core import Property, Trial, alike, apart
+from ldmkit.testing.conformance.core import Property, Subject, Trial, alike, apart
 from ldmkit.testing.conformance.modules import properties_of_networks
 
 KIND = "ldmkit.Conditioner"
@@ -44,9 +44,9 @@ def fields(condition: Condition) -> tuple[Tensor, ...]:
     return tuple(getattr(condition, name) for name in Condition.FIELDS if getattr(condition, name) is not None)
 
 
-def call(part: Any, inputs: Sequence[Any]) -> Any:
+def call(part: Any, inputs: Sequence[Any], **told: Any) -> Any:
     """As pipelines call it: one that asks for the size of the picture is told it."""
-    return part(inputs, **({"image_size": SIZE} if takes(part, "image_size") else {}))
+    return part(inputs, **({"image_size": SIZE} if takes(part, "image_size") else {}), **told)
 
 
 def use(part: Any, t: Trial, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -140,6 +140,24 @@ def _differ(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return any(not alike(a[name], b[name]) for name in a)
 
 
+def own_sizes(t: Trial) -> None:
+    """One that takes original_size, crops_coords_top_left or target_size takes a tensor (B, 2) for each, as training gives it:
+    every input has its own row, and what it becomes is as if it alone were told that pair.
+    """
+    part = t.network()
+    inputs = inputs_of(part, t)
+    asked = [name for name in SIZES if takes(part, name)]
+    rows = {name: [(64 + 8 * i + k, 96 - 16 * i - k) for i in range(len(inputs))] for k, name in enumerate(asked)}
+    together = call(part, inputs, **{name: torch.tensor(pairs) for name, pairs in rows.items()})
+    for i, value in enumerate(inputs):
+        alone = seen(call(part, [value], **{name: pairs[i] for name, pairs in rows.items()}), 0)
+        _check_same(seen(together, i), alone, f"told {', '.join(asked)} of its own beside {len(inputs) - 1} others")
+
+
+def _no_sizes(subject: Subject) -> str | None:
+    return None if any(takes(subject.part, name) for name in SIZES) else "it asks for no sizes of pictures"
+
+
 def wrong_type(t: Trial) -> None:
     """An input of the wrong type is an InputTypeError, from `check` as from a call; `check` lets through what a call takes."""
     part = t.network()
@@ -163,5 +181,6 @@ PROPERTIES = (
     Property("the mask shows something", masked, "ldmkit.Condition"),
     Property("unconditional", unconditional, "ldmkit.Conditioner"),
     Property("inputs are told apart", told_apart, "ldmkit.Conditioner.forward"),
+    Property("each picture's own sizes", own_sizes, "ldmkit.Conditioner.forward", absent=_no_sizes),
     Property("wrong types", wrong_type, "ldmkit.Conditioner.check"),
 )

@@ -84,9 +84,12 @@ class Report:
             + (f": {row.reason}" if row.verdict == ABSENT else "")
             for row in self.rows
         ]
+        return "\n".join([f"{self.kind} {self.name}", "", *lines, "", self.summary(), *self._told()])
+
+    def summary(self) -> str:
+        """How many properties passed, failed, or are not applicable."""
         counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (PASSED, FAILED, ABSENT)}
-        summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-        return "\n".join([f"{self.kind} {self.name}", "", *lines, "", summary, *self._told()])
+        return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
 
     def _told(self) -> list[str]:
         """Failures in full; of those with one reason, the first."""
