@@ -253,7 +253,8 @@ def ldmkit_data_sources() -> Iterable[DataSource]:
     The target is a class with a nested `class Config(ldmkit.Config)`, built from it, with
     `open(data: ldmkit.training.recipes.DataConfig, base: pathlib.Path, *, channels: int, conditioned: bool) ->
     ldmkit.training.data.Pictures`: pictures of `data.height_width` and `channels` (3 or 1), relative paths taken from `base`,
-    with one condition each where `conditioned`. What is wrong raises `ldmkit.DataError` before training.
+    with one condition each where `conditioned`. They may say the `original_sizes` and `crops` of pictures, which conditioners
+    such as `sdxl-text` are told. What is wrong raises `ldmkit.DataError` before training.
 
     >>> from ldmkit.plugin.spec import DataSource, hookimpl
     >>> @hookimpl

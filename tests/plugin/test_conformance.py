@@ -44,10 +44,19 @@ def test_no_built_in_part_is_left_out():
 
 def test_the_command_line_takes_all_of_them(monkeypatch, capsys):
     """Each by the suite above, which need not run twice."""
-    monkeypatch.setattr(conformance, "check", lambda subject, **options: conformance.Report(subject.kind, subject.name, ()))
+    whole = conformance.check
+    monkeypatch.setattr(
+        conformance, "check", lambda subject, **_: whole(subject, only=["documented", "a folder without pickles"])
+    )
     assert main(["plugin", "check", "ldmkit", "--json"]) == 0
-    reports = json.loads(capsys.readouterr().out)["reports"]
+    told = capsys.readouterr()
+    reports = json.loads(told.out)["reports"]
     assert {(report["kind"], report["name"]) for report in reports} == {(kind, f"ldmkit:{name}") for kind, name in BUILT_IN}
+    assert f"{len(reports)} of {len(reports)}: " in told.err
+    assert main(["plugin", "check", "ldmkit"]) == 0
+    _, closing = capsys.readouterr().out.split("KIND")
+    assert all(f"ldmkit:{name} " in closing for _, name in BUILT_IN)
+    assert closing.count("1 passed") == len(BUILT_IN)
 
 
 PART = """
