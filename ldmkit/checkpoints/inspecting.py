@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ldmkit.checkpoints.assembling import prepare
+from ldmkit.checkpoints.families import family_of
 from ldmkit.checkpoints.files import read_json
 from ldmkit.checkpoints.folders import COMPONENTS, TOKENIZERS, components, is_diffusers_folder, read_object, source
 from ldmkit.checkpoints.lora import EMBEDDING, LoraFile, is_embedding, read_lora
@@ -18,7 +19,7 @@ from ldmkit.checkpoints.lora_names import describe
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
 from ldmkit.checkpoints.recognise import IGNORED
 from ldmkit.checkpoints.schedulers import read_scheduler
-from ldmkit.checkpoints.single_file import family_of, read_any, recognised
+from ldmkit.checkpoints.single_file import read_any, recognised
 from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.checkpoints.weights import read_weights
 from ldmkit.errors import CheckpointError, LdmkitError

@@ -56,7 +56,7 @@ def recognise(shapes: Shapes, told: Told = lambda name: {}) -> list[Found]:
 
 
 def vae(shapes: Shapes) -> Found:
-    """From keys without `first_stage_model.` The scaling factor leaves no trace; see `single_file`."""
+    """From keys without `first_stage_model.` The scaling factor leaves no trace; see `families`."""
 
     def shape(key: str) -> tuple[int, ...]:
         return shape_of(shapes, key, "the autoencoder")
