@@ -41,7 +41,13 @@ def test_every_head_dimension(D, S):
     scale=st.sampled_from([None, -0.3, 0.0]),
 )
 def test_any_number_of_keys(S, D, dtype, seed, scale):
-    check(1, 2, 3, S, D, dtype, seed=seed, scale=scale)
+    """17 queries, a block and one more: of fewer, plain torch's greatest error is one of a few numbers, and small by luck."""
+    check(1, 2, 17, S, D, dtype, seed=seed, scale=scale)
+
+
+def test_what_a_row_shares_is_not_rounded_more_than_once():
+    """The log-sum-exp and the scale times log2(e): both rounded, dV of three queries was off by 1.46 times the bound."""
+    check(1, 2, 3, 9, 20, torch.float32, seed=444, scale=-0.3)
 
 
 @pytest.mark.exhaustive

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from ldmkit.kernels.cross_attention.triton.pieces import (
     STRIDES,
-    exponent_of,
     exponents_of_lse,
+    factor_of_probabilities,
     load_bias,
     load_pieces,
     mask_scores,
@@ -50,7 +50,8 @@ def queries_backward(
     out += (b * L * H + h) * D
     dq += (b * L * H + h) * D
     first = head.to(tl.int64) * L
-    factor = exponent_of(scale, SCALED)
+    HALF: tl.constexpr = q.dtype.element_ty.primitive_bitwidth == 16
+    factor = factor_of_probabilities(scale, SCALED, ACC, HALF)
 
     rows = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     g1, g2 = load_pieces(g, rows, rows < L, g_l, g_d, D, D1, D2, ALIGN, True)
@@ -64,7 +65,7 @@ def queries_backward(
     row_delta = tl.where(row_lse == float("-inf"), 0.0, row_delta)
     tl.store(delta + first + rows, row_delta, mask=rows < L)
 
-    row_lse = exponents_of_lse(row_lse, ACC)
+    row_lse = exponents_of_lse(row_lse, HALF)
     q1, q2 = load_pieces(q, rows, rows < L, q_l, q_d, D, D1, D2, ALIGN, True)
     dq1 = tl.zeros([BLOCK, D1], ACC)
     dq2 = tl.zeros([BLOCK, D2 if D2 > 0 else 1], ACC)
@@ -83,7 +84,7 @@ def queries_backward(
             bias = load_bias(mask, rows, keys, L, S, m_l, m_s, MASK, BY_ROW, ACC)
         # Keys past the end are zeros, which add nothing.
         scores = mask_scores(scores, bias, keys, S, scale, MASK, SCALED, False)
-        ds = probabilities(scores, row_lse[:, None], factor, ACC) * (dp - row_delta[:, None])
+        ds = probabilities(scores, row_lse[:, None], factor, HALF) * (dp - row_delta[:, None])
         ds = narrow(ds, k.dtype.element_ty)
         dq1 = product(ds, k1, dq1, PRECISION)
         if D2 > 0:
@@ -120,7 +121,8 @@ def keys_backward(
     delta += head.to(tl.int64) * L
     dk += (tl.program_id(1).to(tl.int64) * S * heads + b * S * H + h) * D
     dv += (tl.program_id(1).to(tl.int64) * S * heads + b * S * H + h) * D
-    factor = exponent_of(scale, SCALED)
+    HALF: tl.constexpr = q.dtype.element_ty.primitive_bitwidth == 16
+    factor = factor_of_probabilities(scale, SCALED, ACC, HALF)
 
     keys = (tl.program_id(0) % blocks) * KEYS + tl.arange(0, KEYS)
     read = readable_keys(shown, keys, S, MASK)
@@ -136,7 +138,7 @@ def keys_backward(
         rows = start + tl.arange(0, BLOCK)
         q1, q2 = load_pieces(q, rows, rows < L, q_l, q_d, D, D1, D2, ALIGN, True)
         g1, g2 = load_pieces(g, rows, rows < L, g_l, g_d, D, D1, D2, ALIGN, True)
-        row_lse = exponents_of_lse(tl.load(lse + rows, mask=rows < L, other=float("-inf")), ACC)
+        row_lse = exponents_of_lse(tl.load(lse + rows, mask=rows < L, other=float("-inf")), HALF)
         row_delta = tl.load(delta + rows, mask=rows < L, other=0.0)
         # Transposed: a row is a key.
         scores = product(k1, q1.T, tl.zeros([KEYS, BLOCK], ACC), PRECISION)
@@ -148,7 +150,7 @@ def keys_backward(
         if MASK > 0:
             bias = load_bias(mask, rows, keys, L, S, m_l, m_s, MASK, BY_ROW, ACC).T
         scores = mask_scores(scores, bias, keys, S, scale, MASK, SCALED, False)
-        p = probabilities(scores, row_lse[None, :], factor, ACC)
+        p = probabilities(scores, row_lse[None, :], factor, HALF)
         ds = p * (dp - row_delta[None, :])
         p = narrow(p, k.dtype.element_ty)
         ds = narrow(ds, k.dtype.element_ty)

@@ -127,18 +127,30 @@ def exponential(x, factor, ACC: tl.constexpr):
 
 
 @triton.jit
-def exponents_of_lse(lse, ACC: tl.constexpr):
+def factor_of_probabilities(scale, SCALED: tl.constexpr, ACC: tl.constexpr, HALF: tl.constexpr):
+    """By what `probabilities` multiplies scores; HALF is for numbers of 16 bits.
+
+    Those have log2(e) multiplied in here and into the log-sum-exp, once for all. Wider numbers would show that rounding, which
+    is the same along a row: they multiply the difference, which is small where it counts.
+    """
+    factor = scale
+    if SCALED:
+        factor = tl.full([], 1.0, ACC)
+    if HALF:
+        factor = factor * _LOG2_E
+    return factor
+
+
+@triton.jit
+def exponents_of_lse(lse, HALF: tl.constexpr):
     """The log-sum-exp of rows as `probabilities` takes it. A row without keys has -inf, and gets probability 0 from +inf."""
-    if tl.float64 != ACC:
+    if HALF:
         lse = lse * _LOG2_E
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
-def probabilities(scores, lse, factor, ACC: tl.constexpr):
+def probabilities(scores, lse, factor, HALF: tl.constexpr):
     """exp(scores - log-sum-exp); at most 1, also where scores are so large that rounding would say otherwise."""
-    if tl.float64 == ACC:
-        p = tl.exp(tl.minimum(scores - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    else:
-        p = tl.exp2(tl.minimum(tl.fma(scores, factor, -lse), 0.0, propagate_nan=tl.PropagateNan.ALL))
-    return p
+    x = tl.minimum(tl.fma(scores, factor, -lse), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(x) if HALF else tl.exp(x)
