@@ -19,11 +19,11 @@ from ldmkit import arguments
 from ldmkit.adapters import Adaptable, Adapters
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.filling import verify
-from ldmkit.checkpoints.folders import write_folder
 from ldmkit.checkpoints.formats import read_foreign
 from ldmkit.checkpoints.parts import DType
 from ldmkit.checkpoints.pipelines import located, read_pipeline, write_pipeline
 from ldmkit.checkpoints.single_file import read_single_file
+from ldmkit.checkpoints.writing_folders import write_folder
 from ldmkit.config import Config
 from ldmkit.conjunction import And
 from ldmkit.continuous import make_schedule
