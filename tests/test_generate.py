@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ldmkit.cli import main
-from ldmkit.commands.generate import CHUNK
+from ldmkit.commands.recorded import CHUNK
 from tests.conditions import tiny_pipeline
 
 

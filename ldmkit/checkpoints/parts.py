@@ -99,7 +99,7 @@ def restore_part(
     for field in part_class.Config.asset_fields():
         asset = values.get(field)
         if asset is not None:
-            if Path(asset).name != asset:
+            if not isinstance(asset, str) or asset in ("", "..") or Path(asset).name != asset:
                 raise ConfigError(f"{folder / 'part.json'}: {field} = {asset!r} must be the bare name of a file in that folder")
             values[field] = str(folder / asset)
     config = part_class.Config.parse(values, owner=f"{found} {name!r} in {folder}")

@@ -50,6 +50,11 @@ def write_pipeline(
     return folder
 
 
+def holds_pipeline(folder: Path) -> bool:
+    """Whether a folder is one that `save_pretrained` or diffusers wrote."""
+    return (folder / INDEX).is_file() or is_diffusers_folder(folder)
+
+
 def resolve(name_or_folder: str | Path) -> Path:
     """Where a saved pipeline lies: a path, or the name of one that a plugin registers.
 
@@ -59,7 +64,7 @@ def resolve(name_or_folder: str | Path) -> Path:
         UnknownPartError: when it is neither.
     """
     path = Path(name_or_folder)
-    if (path / INDEX).is_file() or is_diffusers_folder(path):
+    if holds_pipeline(path):
         return path
     if isinstance(name_or_folder, Path) or path.parent != Path() or path == Path():
         if path.exists():

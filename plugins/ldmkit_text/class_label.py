@@ -94,7 +94,8 @@ class ClassLabelConditioner(Conditioner):
         if isinstance(label, str):
             if label not in self._numbers:
                 close = get_close_matches(label, self.config.names)
-                hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {len(self._numbers)} names"
+                numbers = f"there are {len(self._numbers) or 'no'} names, and numbers from 0 to {self.config.num_classes - 1}"
+                hint = f"did you mean {' or '.join(map(repr, close))}?" if close else numbers
                 raise InputError(f"class label {i} is {label!r}, which names no class; {hint}")
             return self._numbers[label]
         if not isinstance(label, int) or isinstance(label, bool):

@@ -1,0 +1,66 @@
+"""The options that say which model draws, and the model itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldmkit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldmkit.pipeline import Pipeline
+
+OF_ANY = ("sampler", "prediction")
+OF_FOLDERS = ("variant",)
+OF_FILES = ("config", "tokenizer", "ema", "allow_pickle")
+"""Options, and the models they are for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options, in a group of their own."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="a pipeline's registered name, folder or single file (default: emoji)")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32")
+    group.add_argument("--prediction", metavar="TYPE", help="epsilon, v_prediction, ..., where the files do not tell")
+    group.add_argument("--variant", metavar="NAME", help="of a folder: fp16 reads *.fp16.safetensors")
+    group.add_argument(
+        "--config", metavar="DIR", help="of a single file: a folder in diffusers' layout, for what keys do not tell"
+    )
+    group.add_argument("--tokenizer", metavar="DIR", help="of a single file: the folder of its vocabulary")
+    group.add_argument("--ema", action="store_const", const=True, help="of a single file: take the averaged weights")
+    group.add_argument("--allow-pickle", action="store_true", help="read a .ckpt, by torch's unpickler for tensors alone")
+
+
+def load(settings: dict[str, Any], device: str, *, allow_pickle: bool) -> Pipeline:
+    """The model that the settings name. Raises: InputError for options it has no use for; as `from_pretrained` does."""
+    import torch
+
+    from ldmkit.pipeline import Pipeline
+
+    model, file = settings["model"], Path(settings["model"]).is_file()
+    given = {**settings, "allow_pickle": allow_pickle or None}
+    unfit = [name for name in (OF_FOLDERS if file else OF_FILES) if given[name] is not None]
+    if unfit:
+        option, fits = f"--{unfit[0].replace('_', '-')}", "folders" if file else "single files"
+        raise InputError(f"{option} is for {fits}, and --model {model} is {'a single file' if file else 'none'}; leave it out")
+    names = (*OF_ANY, *(OF_FILES if file else OF_FOLDERS))
+    options = {name: given[name] for name in names if given[name] is not None}
+    options |= {"dtype": getattr(torch, settings["dtype"] or "float32"), "device": _device(device)}
+    return Pipeline.from_single_file(model, **options) if file else Pipeline.from_pretrained(model, **options)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: torch knows no such device; use cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count() or "no"
+        raise InputError(f"--device {name}: this torch ({torch.__version__}) sees {count} CUDA device; use --device cpu")
+    return device
