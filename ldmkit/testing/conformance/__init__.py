@@ -23,8 +23,9 @@ from ldmkit.testing.conformance import autoencoders, conditioners, denoisers, ex
 from ldmkit.testing.conformance.core import Property, Subject, Trial
 from ldmkit.testing.conformance.kernels import Kernel, properties_of_kernel, try_kernel
 from ldmkit.testing.conformance.pipelines import SavedPipeline, try_pipeline
-from ldmkit.testing.conformance.report import FAILED, Report, Row
+from ldmkit.testing.conformance.report import Report, Row
 from ldmkit.testing.conformance.run import try_property
+from ldmkit.testing.verdicts import FAILED
 
 PROPERTIES: Mapping[str, tuple[Property, ...]] = {
     "sampler": samplers.PROPERTIES,

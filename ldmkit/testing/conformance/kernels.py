@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ldmkit.testing import contract
-from ldmkit.testing.conformance.report import ABSENT, FAILED, PASSED, Row
+from ldmkit.testing.conformance.report import Row
 from ldmkit.testing.contract.run import PROFILES
 from ldmkit.testing.contract.run import try_property as try_line
+from ldmkit.testing.verdicts import ABSENT, FAILED, PASSED
 
 
 @dataclass(frozen=True, kw_only=True)

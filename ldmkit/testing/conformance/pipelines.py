@@ -17,7 +17,8 @@ from ldmkit.plugin.registry import registry
 from ldmkit.testing.conformance import watch
 from ldmkit.testing.conformance.conditioners import TEXTS
 from ldmkit.testing.conformance.core import Property, Refused, alike, apart, same_bits
-from ldmkit.testing.conformance.report import ABSENT, FAILED, PASSED, Row
+from ldmkit.testing.conformance.report import Row
+from ldmkit.testing.verdicts import ABSENT, FAILED, PASSED
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 Call = Mapping[str, Any]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PASSED, FAILED, ABSENT = "passed", "failed", "not applicable"
+from ldmkit.testing.verdicts import ABSENT, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +52,12 @@ def _plain(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Rows[Row]):
     """All rows for one part."""
 
     kind: str
     name: str
     rows: tuple[Row, ...]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    @property
-    def passed(self) -> bool:
-        """Whether no property failed."""
-        return not self.failures
-
-    @property
-    def failures(self) -> list[Row]:
-        """The rows of properties that failed."""
-        return [row for row in self.rows if row.verdict == FAILED]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -85,11 +72,6 @@ class Report:
             for row in self.rows
         ]
         return "\n".join([f"{self.kind} {self.name}", "", *lines, "", self.summary(), *self._told()])
-
-    def summary(self) -> str:
-        """How many properties passed, failed, or are not applicable."""
-        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (PASSED, FAILED, ABSENT)}
-        return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
 
     def _told(self) -> list[str]:
         """Failures in full; of those with one reason, the first."""

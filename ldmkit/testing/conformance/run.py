@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ldmkit.testing.conformance.core import Property, Refused, Subject, Trial
-from ldmkit.testing.conformance.report import ABSENT, FAILED, PASSED, Row
+from ldmkit.testing.conformance.report import Row
 from ldmkit.testing.conformance.samplers import SCHEDULES
+from ldmkit.testing.verdicts import ABSENT, FAILED, PASSED
 
 Case = Mapping[str, Any]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-PASSED, FAILED, NEEDS_GPU, ABSENT = "passed", "failed", "needs a GPU", "not applicable"
+from ldmkit.testing.verdicts import FAILED, PASSED, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Rows[Row]):
     """All rows for one callable."""
 
     op: str
@@ -42,19 +41,6 @@ class Report:
     device: str
     profile: str
     rows: tuple[Row, ...]
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    @property
-    def passed(self) -> bool:
-        """Whether no property failed."""
-        return not self.failures
-
-    @property
-    def failures(self) -> list[Row]:
-        """The rows of properties that failed."""
-        return [row for row in self.rows if row.verdict == FAILED]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -67,10 +53,8 @@ class Report:
         widths = [max(len(line[i]) for line in cells) for i in range(4)]
         lines = ["  ".join([*map(str.ljust, line, widths), line[4]]).rstrip() for line in cells]
         title = f"{self.op}, {self.backend or 'a callable'}, on {self.device}, profile {self.profile}"
-        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in (PASSED, FAILED, NEEDS_GPU, ABSENT)}
-        summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
         failures = [f"\n{row.number} {row.name}: {row.reason}\n  {row.example}" for row in self.failures]
-        return "\n".join([title, "", *lines, "", summary, *failures])
+        return "\n".join([title, "", *lines, "", self.summary(), *failures])
 
     @staticmethod
     def _cells(row: Row) -> tuple[str, ...]:

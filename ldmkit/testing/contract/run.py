@@ -9,7 +9,8 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 
 from ldmkit.testing.contract.core import Case, Property, Refused, Subject, Tally, Trial
-from ldmkit.testing.contract.report import ABSENT, FAILED, NEEDS_GPU, PASSED, Row
+from ldmkit.testing.contract.report import Row
+from ldmkit.testing.verdicts import ABSENT, FAILED, NEEDS_GPU, PASSED
 
 
 @dataclass(frozen=True)
