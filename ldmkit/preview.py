@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from ldmkit.checkpoints.assembling import assemble
-from ldmkit.checkpoints.files import write_bytes
-from ldmkit.checkpoints.folders import read_object, source
+from ldmkit.checkpoints.files import read_object, write_bytes
+from ldmkit.checkpoints.folders import source
 from ldmkit.checkpoints.parts import load_part
 from ldmkit.errors import CheckpointError, ConfigError, InputError
 from ldmkit.images import from_pixels, grid

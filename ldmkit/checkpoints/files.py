@@ -57,6 +57,14 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is not valid JSON ({error}); the file is damaged or is something else") from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read JSON that is an object. Raises: CheckpointError, as `read_json`, and where it is something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")
+    return value
+
+
 @contextmanager
 def atomic_folder(target: Path, *, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder beside `target` to write into; on success it becomes `target`, on failure it is removed.

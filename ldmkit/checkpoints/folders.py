@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldmkit.checkpoints.assembling import Source, assemble
 from ldmkit.checkpoints.compvis import clip_map
-from ldmkit.checkpoints.files import read_json
+from ldmkit.checkpoints.files import read_object
 from ldmkit.checkpoints.filling import DType, check_dtype
 from ldmkit.checkpoints.keymap import KeyMap, Rule
 from ldmkit.checkpoints.schedulers import read_betas, read_scheduler
@@ -162,14 +162,6 @@ def _names(class_name: str, tensors: Mapping[str, Tensor]) -> KeyMap:
     paths = {match[1]: match[2] for key in tensors if (match := re.match(r"((?:.*\.)?attentions\.\d+\.(\w+))\.", key))}
     legacy = [Rule(path, path[: -len(old)] + _LEGACY[old], axes=2) for path, old in paths.items() if old in _LEGACY]
     return KeyMap([Rule("", ""), *legacy])
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises: CheckpointError."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")
-    return value
 
 
 def _defaults(unet: Mapping[str, Any], autoencoder: Any, pipeline_class: Any) -> dict[str, Any]:

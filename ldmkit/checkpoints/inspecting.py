@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ldmkit.checkpoints.assembling import prepare
 from ldmkit.checkpoints.families import family_of
-from ldmkit.checkpoints.files import read_json
-from ldmkit.checkpoints.folders import COMPONENTS, TOKENIZERS, components, is_diffusers_folder, read_object, source
+from ldmkit.checkpoints.files import read_json, read_object
+from ldmkit.checkpoints.folders import COMPONENTS, TOKENIZERS, components, is_diffusers_folder, source
 from ldmkit.checkpoints.lora import EMBEDDING, LoraFile, is_embedding, read_lora
 from ldmkit.checkpoints.lora_names import describe
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle

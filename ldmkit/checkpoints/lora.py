@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldmkit.checkpoints.accounting import Accounting, Shape, grouped
 from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
 from ldmkit.checkpoints.container import SafetensorsFile
-from ldmkit.checkpoints.files import read_json
+from ldmkit.checkpoints.files import read_object
 from ldmkit.checkpoints.lora_names import NUMBERED_CLASSES, RAW_PEFT, Layers
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
 from ldmkit.checkpoints.textual_inversion import BUNDLE
@@ -106,10 +106,7 @@ def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Mapping[str,
     beside = path.parent / SETTINGS
     if path.name != FILES[1] or not beside.is_file():
         return {}
-    value = read_json(beside)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{beside} must hold a JSON object, and holds a {type(value).__name__}")
-    return {"": value}
+    return {"": read_object(beside)}
 
 
 def pairs_of(file: LoraFile, layers: Layers, *, model: str, strict: bool = True) -> tuple[dict[str, Pair], Accounting]:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldmkit.checkpoints.files import read_json
-from ldmkit.errors import CheckpointError, ConfigError
+from ldmkit.checkpoints.files import read_object
+from ldmkit.errors import ConfigError
 
 PREPROCESSOR = "preprocessor_config.json"
 BICUBIC = 3
@@ -29,9 +29,7 @@ def read_preprocessor(folder: Path, image_size: int) -> dict[str, Any]:
         CheckpointError: for a file that is missing or damaged. ConfigError: for another way of preparing pictures.
     """
     path = folder / PREPROCESSOR
-    given = read_json(path)
-    if not isinstance(given, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(given).__name__}")
+    given = read_object(path)
     wrong = [
         f"{key} = {given[key]!r} (only {value!r} can be served)"
         for key, value in _FIXED.items()

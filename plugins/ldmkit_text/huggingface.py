@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldmkit.checkpoints.files import read_json
+from ldmkit.checkpoints.files import read_json, read_object
 from ldmkit.checkpoints.weights import load_weights, read_weights
 from ldmkit.errors import CheckpointError, ConfigError
 from ldmkit_text.added_tokens import listed, read_added
@@ -75,7 +75,7 @@ def bert_tokenizer_values(folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if not path.exists() and (folder / WHOLE).exists():
         path = folder / WHOLE
-        normalizer = _object(path).get("normalizer")
+        normalizer = read_object(path).get("normalizer")
         if isinstance(normalizer, dict):
             names = {"lowercase": "do_lower_case", "strip_accents": "strip_accents"}
             names |= {"handle_chinese_chars": "tokenize_chinese_chars"}
@@ -211,19 +211,12 @@ def _values(given: Any, copied: tuple[str, ...], fixed: Mapping[str, Any], path:
 
 def _tokenizer_setting(folder: Path, key: str, default: Any) -> Any:
     path = folder / "tokenizer_config.json"
-    return _object(path).get(key, default) if path.exists() else default
-
-
-def _object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, and holds a {type(value).__name__}")
-    return value
+    return read_object(path).get(key, default) if path.exists() else default
 
 
 def _pad_token(folder: Path) -> str:
     """special_tokens_map.json has the last word where it exists, as in transformers."""
     special = folder / "special_tokens_map.json"
     default = _tokenizer_setting(folder, "pad_token", "<|endoftext|>")
-    token = _object(special).get("pad_token", default) if special.exists() else default
+    token = read_object(special).get("pad_token", default) if special.exists() else default
     return str(token.get("content", default) if isinstance(token, dict) else token)
