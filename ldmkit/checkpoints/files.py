@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Files of bytes and JSON, written so that a reader never sees half of one, and folders likewise."""
 
 from __future__ import annotations
 

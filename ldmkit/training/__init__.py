@@ -9,7 +9,8 @@ from ldmkit.training.diffusion import train_diffusion
 from ldmkit.training.loop import Options, Result
 from ldmkit.training.losses import autoencoder_loss, diffusion_loss, level_weight, pixel_loss
 from ldmkit.training.optim import EMA
-from ldmkit.training.recipes import AutoencoderRecipe, DiffusionRecipe, load_recipe
+from ldmkit.training.recipe_files import load_recipe
+from ldmkit.training.recipes import AutoencoderRecipe, DiffusionRecipe
 
 __all__ = [
     "EMA",

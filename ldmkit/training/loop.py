@@ -21,7 +21,8 @@ from ldmkit.training import state as states
 from ldmkit.training.draws import Batches
 from ldmkit.training.logs import Log, Meter
 from ldmkit.training.optim import EMA, lr_factor, make_optimizer
-from ldmkit.training.recipes import AdversarialConfig, Recipe, differences
+from ldmkit.training.recipe_files import differences
+from ldmkit.training.recipes import AdversarialConfig, Recipe
 from ldmkit.training.stage import Share, Stage
 
 Start = Literal["auto", "resume", "fresh"]

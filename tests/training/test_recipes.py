@@ -6,7 +6,7 @@ import pytest
 
 from ldmkit.errors import ConfigError
 from ldmkit.training import AutoencoderRecipe, DiffusionRecipe, load_recipe
-from ldmkit.training.recipes import differences
+from ldmkit.training.recipe_files import differences
 
 RECIPE = """
 autoencoder: {name: kl}
