@@ -15,7 +15,7 @@ from typing import Any
 
 from ldmkit.commands.table import table
 from ldmkit.errors import InputError, MissingDependencyError, PluginError
-from ldmkit.plugin.manager import Plugin
+from ldmkit.plugin.manager import CORE, Plugin, canonical
 from ldmkit.plugin.registry import registry
 
 
@@ -23,24 +23,33 @@ def check(what: str, *, examples: int, as_json: bool) -> int:
     """Prints a table for each part. Returns 1 where a property does not hold.
 
     Args:
-        what: an installed distribution or entry point; or else the folder of a plugin's source, which is read where it lies.
+        what: an installed distribution or entry point, or "dist:name" for one of its parts; or else the folder of a plugin's
+            source, which is read where it lies.
+        examples: drawn for each property, at least 1.
 
     Raises:
-        InputError: nothing of that name is installed, or the folder holds no plugin.
+        InputError: nothing of that name is installed, or the folder holds no plugin; too few examples.
         PluginError: the plugin fails, is blocked, or offers nothing to check.
     """
+    if examples < 1:
+        raise InputError(f"--examples {examples}: at least one case is drawn for each property")
     if importlib.util.find_spec("hypothesis") is None:
         raise MissingDependencyError("`ldmkit plugin check` draws its cases with hypothesis; `pip install hypothesis`")
     if Path(what).is_dir() and not any(plugin.called(what) for plugin in registry().plugins):
         return _check_source(Path(what), examples=examples, as_json=as_json)
     from ldmkit.testing import conformance
 
-    plugins = _plugins(what)
-    subjects = [subject for plugin in plugins for subject in _offered(plugin, conformance)]
-    others = [f"{row.kind} {row.name!r}" for plugin in plugins for row in plugin.extensions]
+    dist, _, wanted = what.partition(":")
+    plugins = _plugins(dist)
+    subjects = [subject for plugin in plugins for subject in _offered(plugin, wanted, conformance)]
+    others = [f"{row.kind} {row.name!r}" for plugin in plugins for row in plugin.extensions if not wanted]
+    if wanted and not subjects:
+        names = [row.name for plugin in plugins for row in plugin.components]
+        names += [row.backend for plugin in plugins for row in plugin.kernels]
+        raise InputError(f"{dist} has no part or kernel backend {wanted!r}; it has {', '.join(names) or 'none'}")
     if not subjects:
-        offered = f" (it offers the {', the '.join(others)}: its own tests hold them)" if others else ""
-        raise PluginError(f"{what}: there is a suite for nothing in it{offered}")
+        held = f" (it offers the {', the '.join(others)}: its own tests hold them)" if others else ""
+        raise PluginError(f"{what}: there is a suite for nothing in it{held}")
     reports = []
     for i, subject in enumerate(subjects, start=1):
         with _progress(f"{i} of {len(subjects)}: {subject}") as progress:
@@ -57,6 +66,8 @@ def check(what: str, *, examples: int, as_json: bool) -> int:
         print(json.dumps(plain, indent=2))
     elif others:
         print(f"There is no suite for the {', the '.join(others)}.")
+    elif canonical(what) == CORE:
+        print("Its kernels are tried by `ldmkit verify all`.")
     return 0 if passed else 1
 
 
@@ -64,20 +75,23 @@ def _plugins(what: str) -> list[Plugin]:
     """Those of that name, which all work."""
     plugins = [plugin for plugin in registry().plugins if plugin.called(what)]
     if not plugins:
-        names = sorted({plugin.distribution or plugin.entry_point for plugin in registry().plugins})
-        raise InputError(f"no plugin or distribution is called {what!r}, and no folder; there are {', '.join(names)}")
+        known = sorted(f"{plugin.entry_point} (of {plugin.distribution})" for plugin in registry().plugins)
+        raise InputError(f"no plugin or distribution is called {what!r}, and no folder; there are {', '.join(known)}")
     for plugin in plugins:
         if plugin.state != "ok":
             raise PluginError(f"{plugin} {plugin.state}: {plugin.error}")
     return plugins
 
 
-def _offered(plugin: Plugin, conformance: Any) -> Iterator[Any]:
+def _offered(plugin: Plugin, wanted: str, conformance: Any) -> Iterator[Any]:
+    """What there is a suite for; only the parts and kernels of one name, unless that is ""."""
     for component in plugin.components:
-        name = f"{plugin.distribution or plugin.entry_point}:{component.name}"
-        yield conformance.pipeline(name) if component.kind == "pipeline" else conformance.subject(component.kind, name)
+        if wanted in ("", component.name):
+            name = f"{plugin.distribution or plugin.entry_point}:{component.name}"
+            yield conformance.pipeline(name) if component.kind == "pipeline" else conformance.subject(component.kind, name)
     for kernel in plugin.kernels:
-        yield conformance.kernel(kernel.op, backend=kernel.backend)
+        if wanted in ("", kernel.backend):
+            yield conformance.kernel(kernel.op, backend=kernel.backend)
 
 
 def _check_source(folder: Path, *, examples: int, as_json: bool) -> int:

@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--into", type=Path, default=Path(), metavar="FOLDER", help="where the folder NAME is made (default: here)"
     )
     check = actions.add_parser("check", help="try every promise of the interfaces on a plugin's parts")
-    check.add_argument("what", metavar="DIST|PATH", help="an installed distribution, or the folder of a plugin's source")
+    whole = "an installed distribution, dist:name for one of its parts, or the folder of a plugin's source"
+    check.add_argument("what", metavar="DIST|PATH", help=whole)
     check.add_argument("--examples", type=int, default=5, metavar="N", help="cases drawn for each property (default 5)")
     check.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

@@ -57,6 +57,11 @@ def test_the_command_line_takes_all_of_them(monkeypatch, capsys):
     _, closing = capsys.readouterr().out.split("KIND")
     assert all(f"ldmkit:{name} " in closing for _, name in BUILT_IN)
     assert closing.count("1 passed") == len(BUILT_IN)
+    assert closing.endswith("\nIts kernels are tried by `ldmkit verify all`.\n")
+    assert main(["plugin", "check", "ldmkit:ddim"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("sampler ldmkit:ddim\n")
+    assert out.endswith("\n1 passed\n\n")
 
 
 PART = """

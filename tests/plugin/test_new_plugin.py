@@ -139,6 +139,10 @@ def test_what_cannot_be_checked(tmp_path, capsys):
     assert "no plugin or distribution is called 'nobodys-plugin'" in capsys.readouterr().err
     assert main(["plugin", "check", str(tmp_path)]) == 2
     assert "holds no plugin" in capsys.readouterr().err
+    assert main(["plugin", "check", "unet:vnet"]) == 2
+    assert "unet has no part or kernel backend 'vnet'; it has unet" in capsys.readouterr().err
+    assert main(["plugin", "check", "unet", "--examples", "0"]) == 2
+    assert "--examples 0: at least one case is drawn" in capsys.readouterr().err
 
 
 def test_what_there_is_no_suite_for_is_told(root, capfd):
