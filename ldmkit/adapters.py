@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ldmkit.checkpoints.accounting import Accounting
-from ldmkit.checkpoints.lora import Pair, pairs_of, read_lora
+from ldmkit.checkpoints.lora import Pair, pairs_of
+from ldmkit.checkpoints.lora_files import read_lora
 from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.errors import InputError, InputTypeError

@@ -14,7 +14,8 @@ from ldmkit.checkpoints.assembling import prepare
 from ldmkit.checkpoints.families import family_of
 from ldmkit.checkpoints.files import read_json, read_object
 from ldmkit.checkpoints.folders import COMPONENTS, TOKENIZERS, components, is_diffusers_folder, source
-from ldmkit.checkpoints.lora import EMBEDDING, LoraFile, is_embedding, read_lora
+from ldmkit.checkpoints.lora import EMBEDDING, is_embedding
+from ldmkit.checkpoints.lora_files import LoraFile, read_lora
 from ldmkit.checkpoints.lora_names import describe
 from ldmkit.checkpoints.pickles import is_pickle, read_pickle
 from ldmkit.checkpoints.recognise import IGNORED

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ldmkit.checkpoints.accounting import Accounting, Shape, grouped
 from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
-from ldmkit.checkpoints.container import SafetensorsFile
-from ldmkit.checkpoints.files import read_object
-from ldmkit.checkpoints.lora_names import NUMBERED_CLASSES, RAW_PEFT, Layers
-from ldmkit.checkpoints.pickles import is_pickle, read_pickle
+from ldmkit.checkpoints.lora_files import SETTINGS, LoraFile, scale_of, settings_of
+from ldmkit.checkpoints.lora_names import NUMBERED_CLASSES, Layers
 from ldmkit.checkpoints.textual_inversion import BUNDLE
-from ldmkit.errors import CheckpointError, InputTypeError
+from ldmkit.errors import CheckpointError
 
-FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""What diffusers and PEFT call the file in a folder."""
-SETTINGS = "adapter_config.json"
-"""PEFT's, beside its file."""
 EMBEDDING = "an embedding of textual inversion: load_textual_inversion loads it from the same file"
 _OTHER_KINDS = re.compile(r"(hada_\w+|lokr_\w+|lora_mid|lora_embedding_[AB]|oft_\w+|\.diff(_b)?$|lora_B.*\.bias$)")
 
@@ -45,68 +36,6 @@ class Pair:
     up: Tensor
     scale: float
     magnitude: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A file before its keys are understood.
-
-    Attributes:
-        source: for messages.
-        settings: of PEFT, by component ("" = all).
-    """
-
-    source: str
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-def read_lora(file: str | Path | Mapping[str, Tensor], *, allow_pickle: bool = False) -> LoraFile:
-    """A safetensors file, a folder that holds one, tensors by name, or (where that is allowed) a pickle of these.
-
-    Raises:
-        CheckpointError: for a file that is missing, damaged or something else. InputTypeError: for another argument.
-    """
-    if isinstance(file, Mapping):
-        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in file.items()):
-            raise InputTypeError("LoRA weights given as a mapping must map names to tensors")
-        return LoraFile("the given tensors", file)
-    if not isinstance(file, str | Path):
-        raise InputTypeError(f"LoRA weights must be a file, a folder or a mapping, got {type(file).__name__}")
-    path = _in_folder(Path(file)) if Path(file).is_dir() else Path(file)
-    if is_pickle(path):
-        if not allow_pickle:
-            raise CheckpointError(f"{path} is a pickle; allow_pickle=True reads it by torch's unpickler for tensors alone")
-        return LoraFile(str(path), read_pickle(path), settings=_settings(path, {}))
-    content = SafetensorsFile(path)
-    return LoraFile(str(path), content.tensors(), content.metadata, _settings(path, content.metadata))
-
-
-def _in_folder(folder: Path) -> Path:
-    found = [folder / name for name in FILES if (folder / name).is_file()] or sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError(f"{folder} must hold one LoRA file (*.safetensors), and holds {names}; name the file")
-    return found[0]
-
-
-def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
-    """How PEFT was told to scale: diffusers keeps it in the metadata, PEFT in a file of its own."""
-    if "lora_adapter_metadata" in metadata:
-        try:
-            flat = json.loads(metadata["lora_adapter_metadata"])
-            settings: dict[str, dict[str, Any]] = {}
-            for key, value in flat.items():
-                component, _, name = key.partition(".")
-                settings.setdefault(component, {})[name] = value
-            return dict(settings)
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its lora_adapter_metadata is no JSON object: {error}") from None
-    beside = path.parent / SETTINGS
-    if path.name != FILES[1] or not beside.is_file():
-        return {}
-    return {"": read_object(beside)}
 
 
 def pairs_of(file: LoraFile, layers: Layers, *, model: str, strict: bool = True) -> tuple[dict[str, Pair], Accounting]:
@@ -224,7 +153,7 @@ def _pair(file: LoraFile, name: str, keys: Mapping[str, str], layer: nn.Module) 
     down, up = file.tensors[keys["down"]], file.tensors[keys["up"]]
     wanted_down, wanted_up = _wanted(len(down), layer)
     alpha = float(file.tensors[keys["alpha"]]) if "alpha" in keys else None
-    scale = _scale(file, name, keys["down"], alpha, len(down))
+    scale = scale_of(file, name, keys["down"], alpha, len(down))
     return Pair(down.reshape(wanted_down).clone(), up.reshape(wanted_up).clone(), scale, _magnitude(file, name, keys, layer))
 
 
@@ -234,44 +163,6 @@ def _magnitude(file: LoraFile, name: str, keys: Mapping[str, str], layer: nn.Mod
         shape = _magnitude_shape(file, keys["magnitude"], layer.weight)
         assert shape is not None
         return file.tensors[keys["magnitude"]].reshape(shape).clone()
-    if (_settings_of(file, name) or {}).get("use_dora"):
+    if (settings_of(file, name) or {}).get("use_dora"):
         raise CheckpointError(f"{file.source}: {SETTINGS} says use_dora, and there is no lora_magnitude_vector of {name}")
-    return None
-
-
-def _settings_of(file: LoraFile, name: str) -> Mapping[str, Any] | None:
-    """PEFT's, for the component that a layer belongs to."""
-    return file.settings.get(name.partition(".")[0], file.settings.get(""))
-
-
-def _scale(file: LoraFile, name: str, key: str, alpha: float | None, rank: int) -> float:
-    """alpha / rank (LoRA, sec. 4.1), or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732); 1 where none is told."""
-    if alpha is not None:
-        return alpha / rank
-    settings, path = _settings_of(file, name), name.partition(".")[2]
-    if settings is None:
-        if key.startswith(RAW_PEFT):
-            raise CheckpointError(
-                f"{file.source} has PEFT's own names, whose scale is told by {SETTINGS}; put it beside {FILES[1]}, "
-                "or give .alpha with the tensors"
-            )
-        return 1.0
-    own = _own_alpha(file, settings.get("alpha_pattern") or {}, path)
-    told = settings.get("lora_alpha", rank) if own is None else own
-    if not isinstance(told, int | float) or not math.isfinite(told):
-        raise CheckpointError(f"{file.source}: lora_alpha = {told!r} must be a finite number")
-    return told / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _own_alpha(file: LoraFile, patterns: Any, path: str) -> Any:
-    """What `alpha_pattern` says of a layer: its keys are ends of paths, or after ^ whole ones, with or without escaped dots."""
-    if not isinstance(patterns, Mapping):
-        raise CheckpointError(f"{file.source}: alpha_pattern = {patterns!r} must map names of layers to numbers")
-    for pattern, value in patterns.items():
-        end = str(pattern).removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", end):
-            raise CheckpointError(f"{file.source}: alpha_pattern has the key {pattern!r}; only names of layers are read")
-        whole = str(pattern).startswith("^")
-        if any(name == end or (not whole and name.endswith(f".{end}")) for name in (path, f"text_model.{path}")):
-            return value
     return None

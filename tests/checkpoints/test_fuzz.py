@@ -21,7 +21,8 @@ from torch import Tensor
 from ldmkit import Pipeline
 from ldmkit.checkpoints.container import SafetensorsFile
 from ldmkit.checkpoints.inspecting import inspect
-from ldmkit.checkpoints.lora import pairs_of, read_lora
+from ldmkit.checkpoints.lora import pairs_of
+from ldmkit.checkpoints.lora_files import read_lora
 from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.checkpoints.pickles import read_pickle
 from ldmkit.checkpoints.textual_inversion import read_textual_inversion

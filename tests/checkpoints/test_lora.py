@@ -20,7 +20,8 @@ from ldmkit.adapters import Adapter, Adapters
 from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
 from ldmkit.checkpoints.filling import skeleton
 from ldmkit.checkpoints.inspecting import inspect
-from ldmkit.checkpoints.lora import Pair, pairs_of, read_lora
+from ldmkit.checkpoints.lora import Pair, pairs_of
+from ldmkit.checkpoints.lora_files import read_lora
 from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.errors import ArchitectureMismatchError, CheckpointError, InputError, InputTypeError
 from ldmkit.kernels import record
