@@ -45,7 +45,7 @@ def spaced_ratios(
     if not (0 < low <= high < math.inf):
         raise InputError(
             f"sigma_schedule {name!r} needs a finite range of sigma / alpha, and this run's is {low:g} to {high:g}; "
-            "a schedule that starts at zero signal has none"
+            "a schedule that starts at zero signal has none: leave out sigma_schedule, or give sigmas= of your own"
         )
     ramp = np.linspace(0, 1, n)
     if name == "karras":
@@ -83,7 +83,9 @@ def _interpolated(table: tuple[float, ...], n: int) -> np.ndarray:
 
 def _by_times(name: str, n: int, schedule: Schedule) -> np.ndarray:
     if not isinstance(schedule, NoiseSchedule):
-        raise InputError(f"sigma_schedule {name!r} picks whole times, and a {type(schedule).__name__} has none")
+        raise InputError(
+            f"sigma_schedule {name!r} picks whole times, and the {type(schedule).__name__} has none; take 'karras'"
+        )
     top = schedule.num_train_timesteps - 1
     if name == "simple":  # ComfyUI's `simple_scheduler`: every (T / n)-th level from the noisiest
         times = [float(top - int(i * (top + 1) / n)) for i in range(n)]

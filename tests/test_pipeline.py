@@ -293,6 +293,15 @@ def test_saved_and_loaded_draws_the_same_bits(tmp_path: Path, dtype: torch.dtype
     assert torch.equal(latents_of(pipe, "a pear"), latents_of(loaded, "a pear", progress=False))
 
 
+def test_a_compiled_denoiser_is_one_graph_draws_the_same_and_is_saved(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(tmp_path)
+    drawn = latents_of(pipe, "a pear")
+    pipe.denoiser.compile(backend="eager", fullgraph=True)
+    assert torch.equal(latents_of(pipe, "a pear"), drawn)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(latents_of(Pipeline.from_pretrained(tmp_path / "saved"), "a pear"), drawn)
+
+
 def test_parts_can_be_replaced_at_loading_and_float32_is_the_default(pipe: Pipeline, tmp_path: Path) -> None:
     folder = pipe.save_pretrained(tmp_path / "p")
     loaded = Pipeline.from_pretrained(folder, sampler="euler", autoencoder=pipe.autoencoder)

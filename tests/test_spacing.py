@@ -66,8 +66,11 @@ def test_rules_by_hand():
     ("call", "told"),
     [
         (lambda: spaced_ratios("exponential", 3, SCHEDULE, rho=2.0, **RANGE), "rho = 2 goes with 'karras'"),
-        (lambda: spaced_ratios("karras", 3, SCHEDULE, high=math.inf, low=0.1), "needs a finite range"),
-        (lambda: spaced_ratios("simple", 3, EDMSchedule(), **RANGE), "a EDMSchedule has none"),
+        (lambda: spaced_ratios("karras", 3, SCHEDULE, high=math.inf, low=0.1), "needs a finite range .* give sigmas="),
+        (lambda: spaced_ratios("simple", 3, EDMSchedule(), **RANGE), "the EDMSchedule has none; take 'karras'"),
+        (lambda: build("sampler", "dpm++-2m").levels(SCHEDULE, 999), "= 999 with steps_offset = 1 starts at t = 1000, beyond"),
+        (lambda: build("sampler", "deis").levels(EDMSchedule(), 3), "the EDMSchedule has none; take 'zero'"),
+        (lambda: build("sampler", "tcd").levels(EDMSchedule(), 3), "tcd goes by times from 0 up"),
         (lambda: spaced_ratios("beta", 900, SCHEDULE, **RANGE), "the levels of 'beta' meet there"),
         (lambda: build("sampler", "euler", rho=3.0).levels(SCHEDULE, 3), "rho = 3 goes with sigma_schedule"),
         (lambda: EDMSchedule().timesteps(3, spacing="leading"), "an EDM schedule has its own"),

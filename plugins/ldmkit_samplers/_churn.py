@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ldmkit.interfaces import Level, SamplerState, Transition
@@ -25,6 +25,12 @@ class ChurnConfig(SamplerConfig):
     s_tmin: float = Field(0.0, ge=0)
     s_tmax: float | None = Field(None, ge=0)
     s_noise: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ChurnConfig:
+        if self.s_tmax is not None and self.s_tmin > self.s_tmax:
+            raise ValueError(f"s_tmin = {self.s_tmin:g} is above s_tmax = {self.s_tmax:g}: no level is between")
+        return self
 
 
 def churned(config: ChurnConfig, state: SamplerState, step: Callable[[Tensor, Level], Transition]) -> Transition:

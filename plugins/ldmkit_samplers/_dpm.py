@@ -38,7 +38,9 @@ class DPMFamily(SpacedSampler):
         if self.config.final_sigmas_type == "zero":
             return CLEAN
         if not isinstance(schedule, NoiseSchedule):
-            raise InputError(f"final_sigmas_type 'sigma_min' is the level of t = 0, and a {type(schedule).__name__} has none")
+            raise InputError(
+                f"final_sigmas_type 'sigma_min' is the level of t = 0, and the {type(schedule).__name__} has none; take 'zero'"
+            )
         return schedule.level(0)
 
     def ends(self, schedule: Schedule, levels: Sequence[Level]) -> tuple[float, float]:
@@ -63,8 +65,13 @@ class DPMFamily(SpacedSampler):
             )
         if spacing == "linspace":
             return [float(t) for t in np.linspace(0, total - 1, n + 1).round()[:0:-1]]
-        step = total // (n + 1)
-        return [float(i * step + schedule.config.steps_offset) for i in range(n, 0, -1)]
+        step, offset = total // (n + 1), schedule.config.steps_offset
+        if (first := n * step + offset) > total - 1:
+            raise InputError(
+                f"num_inference_steps = {n} with steps_offset = {offset} starts at t = {first}, beyond the schedule's last, "
+                f"{total - 1}; use fewer steps, or timestep_spacing 'trailing'"
+            )
+        return [float(i * step + offset) for i in range(n, 0, -1)]
 
 
 def few(state: SamplerState) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ldmkit.config import Config
@@ -26,6 +26,12 @@ class Interval(Config):
     high: float = Field(gt=0)
     repeats: int = Field(1, ge=1)
     steps: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Interval:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low:g}, high = {self.high:g}: a restart goes up from low to high; low must be below")
+        return self
 
 
 class RestartSampler(EulerFamily):

@@ -6,6 +6,8 @@ import math
 
 from pydantic import Field
 
+from ldmkit.continuous import EDMSchedule
+from ldmkit.errors import InputError
 from ldmkit.interfaces import Denoise, Level, SamplerFacts, SamplerState, Transition
 from ldmkit.schedule import Schedule
 from ldmkit_samplers._distilled import DistilledConfig, DistilledSampler
@@ -31,7 +33,9 @@ class TCDSampler(DistilledSampler):
         super().__init__(config)
 
     def last_level(self, schedule: Schedule) -> Level:
-        """The level of t = 0."""
+        """The level of t = 0. Raises: InputError for a schedule whose times do not begin there."""
+        if isinstance(schedule, EDMSchedule):
+            raise InputError("tcd goes by times from 0 up, and those of an EDMSchedule are logarithms; take another sampler")
         return schedule.level(0)
 
     def transition(self, denoise: Denoise, state: SamplerState) -> Transition:

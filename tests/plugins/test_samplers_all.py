@@ -209,6 +209,18 @@ def test_what_a_sampler_cannot_is_said_before_anything_runs(pipe, monkeypatch, s
         pipe(**arguments, num_inference_steps=2, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "told"),
+    [
+        ("restart", {"intervals": [{"low": 0.3, "high": 0.14}]}, "low = 0.3, high = 0.14: a restart goes up"),
+        ("euler", {"s_churn": 1.0, "s_tmin": 5.0, "s_tmax": 1.0}, "s_tmin = 5 is above s_tmax = 1"),
+    ],
+)
+def test_configs_that_could_never_act_are_refused(name, config, told):
+    with pytest.raises(ConfigError, match=told):
+        build("sampler", name, **config)
+
+
 @pytest.mark.parametrize("sampler", [*NAMES, pytest.param(PlainSampler.build(), id="plain")])
 def test_every_sampler_does_what_it_says(pipe, sampler):
     """Text-to-image, image-to-image and inpainting through the pipeline; what is kept of an image is kept."""
