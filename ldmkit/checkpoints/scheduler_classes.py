@@ -7,9 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ldmkit.errors import ConfigError
-
-Values = dict[str, Any]
+from ldmkit.checkpoints.scheduler_samplers import (
+    Values,
+    deis,
+    edm,
+    ending_clean,
+    flow_euler,
+    multistep,
+    plain,
+    pndm,
+    singlestep,
+    unipc,
+)
 
 BETAS: Mapping[str, Any] = {  # keys that are a table's, with the defaults most classes have
     "num_train_timesteps": 1000,
@@ -81,101 +90,6 @@ class SchedulerClass:
     kind: Literal["ddpm", "flow", "edm"] = "ddpm"
 
 
-# --------------------------------------------------------------------------------------------------------------------- samplers
-
-
-def _plain(name: str, **renamed: str) -> Callable[[Values], Values]:
-    def sampler(given: Values) -> Values:
-        return {"name": name, **{ours: given[theirs] for ours, theirs in renamed.items()}}
-
-    return sampler
-
-
-def _ending_clean(make: Callable[[Values], Values]) -> Callable[[Values], Values]:
-    def sampler(given: Values) -> Values:
-        if given["final_sigmas_type"] != "zero":
-            raise ConfigError(f"final_sigmas_type = {given['final_sigmas_type']!r} (only 'zero' can be served)")
-        return make(given)
-
-    return sampler
-
-
-def _own(given: Values, key: str, known: tuple[str, ...], foreign: tuple[str, ...]) -> str:
-    """A setting by which this class and others mean different things: what another had left becomes this one's first."""
-    value = given[key]
-    if value not in known + foreign:
-        raise ConfigError(f"{key} = {value!r} (only {' or '.join(map(repr, known))} can be served)")
-    return str(value if value in known else known[0])
-
-
-def _pndm(given: Values) -> Values:
-    return {"name": "plms" if given["skip_prk_steps"] else "pndm"}
-
-
-def _multistep(given: Values) -> Values:
-    """DPM-Solver++ of orders 1 to 3, and the stochastic one of order 2."""
-    order, ending = given["solver_order"], {"final_sigmas_type": given["final_sigmas_type"]}
-    algorithm = _own(given, "algorithm_type", ("dpmsolver++", "sde-dpmsolver++"), ("deis",))
-    ending["solver_type"] = _own(given, "solver_type", ("midpoint", "heun"), ("logrho", "bh1", "bh2"))
-    lowered = order == 1 or (order == 2 and given["final_sigmas_type"] == "zero")  # the last step's order is 1 in any case
-    if not given["lower_order_final"] and not lowered:
-        raise ConfigError("lower_order_final = False (only True can be served, with this order and ending)")
-    if given["euler_at_final"] and not lowered:
-        raise ConfigError("euler_at_final = True (only False can be served, with this order and ending)")
-    if algorithm == "sde-dpmsolver++":
-        if order != 2:
-            raise ConfigError(f"solver_order = {order!r} of {algorithm} (only 2 can be served)")
-        return {"name": "dpm++-2m-sde", **ending}
-    if order not in (1, 2, 3):
-        raise ConfigError(f"solver_order = {order!r} (only 1, 2 or 3 can be served)")
-    if order == 1:
-        return {"name": "dpm-singlestep", "order": 1, "final_sigmas_type": given["final_sigmas_type"]}
-    return {"name": f"dpm++-{order}m", **ending}
-
-
-def _singlestep(given: Values) -> Values:
-    algorithm = _own(given, "algorithm_type", ("dpmsolver++", "dpmsolver"), ("deis",))
-    solver = _own(given, "solver_type", ("midpoint", "heun"), ("logrho", "bh1", "bh2"))
-    ending = given["final_sigmas_type"]
-    if not given["lower_order_final"] and ending != "zero":  # with "zero" diffusers turns it on
-        raise ConfigError("lower_order_final = False with final_sigmas_type 'sigma_min' (only True can be served)")
-    return {
-        "name": "dpm-singlestep",
-        "order": given["solver_order"],
-        "algorithm_type": algorithm,
-        "solver_type": solver,
-        "final_sigmas_type": ending,
-    }
-
-
-def _deis(given: Values) -> Values:
-    _own(given, "algorithm_type", ("deis",), ("dpmsolver", "dpmsolver++"))
-    _own(given, "solver_type", ("logrho",), ("midpoint", "heun", "bh1", "bh2"))
-    return {"name": "deis", "order": given["solver_order"]}
-
-
-def _unipc(given: Values) -> Values:
-    solver = _own(given, "solver_type", ("bh2", "bh1"), ("midpoint", "heun", "logrho"))
-    ending = given["final_sigmas_type"]
-    return {"name": "unipc", "order": given["solver_order"], "solver_type": solver, "final_sigmas_type": ending}
-
-
-def _flow_euler(given: Values) -> Values:
-    return {"name": "consistency", "sigma_min": 0.0} if given["stochastic_sampling"] else {"name": "euler"}
-
-
-def _edm(make: Callable[[Values], Values]) -> Callable[[Values], Values]:
-    """EDM's schedule is karras by itself."""
-
-    def sampler(given: Values) -> Values:
-        rule = {} if given["sigma_schedule"] == "karras" else {"sigma_schedule": given["sigma_schedule"]}
-        return make(given) | rule
-
-    return _ending_clean(sampler)
-
-
-# ------------------------------------------------------------------------------------------------------------------------ table
-
 _SPACED = frozenset({*BETAS, "trained_betas", "prediction_type"}) - {"set_alpha_to_one", "rescale_betas_zero_snr"}
 _CLIPPED = frozenset({"clip_sample", "thresholding"})
 _RULES = frozenset(RULES)
@@ -200,12 +114,12 @@ _EDM_DEFAULTS: Values = {
 }
 
 _DDPM = SchedulerClass(
-    _plain("ddpm", variance="variance_type"),
+    plain("ddpm", variance="variance_type"),
     _SPACED | _CLIPPED | {"variance_type", "rescale_betas_zero_snr"},
     {**_LEADING, "clip_sample": True, "variance_type": "fixed_small"},
 )
 _DDIM = SchedulerClass(
-    _plain("ddim"),
+    plain("ddim"),
     _SPACED | _CLIPPED | {"set_alpha_to_one", "rescale_betas_zero_snr"},
     {**_LEADING, "clip_sample": True},
 )
@@ -215,28 +129,28 @@ CLASSES: Mapping[str, SchedulerClass] = {
     "DDIMScheduler": _DDIM,
     "DDIMParallelScheduler": _DDIM,
     "DDIMInverseScheduler": SchedulerClass(
-        _plain("ddim-inverse"), _DDIM.reads - {"thresholding"}, _DDIM.defaults, {"prediction_type": ("epsilon",)}
+        plain("ddim-inverse"), _DDIM.reads - {"thresholding"}, _DDIM.defaults, {"prediction_type": ("epsilon",)}
     ),
     "PNDMScheduler": SchedulerClass(
-        _pndm,
+        pndm,
         _SPACED | {"skip_prk_steps", "set_alpha_to_one"},
         {**_LEADING, "skip_prk_steps": False, "set_alpha_to_one": False},
     ),
     "EulerDiscreteScheduler": SchedulerClass(
-        _ending_clean(_plain("euler")),
+        ending_clean(plain("euler")),
         _SPACED
         | _RULES
         | {"interpolation_type", "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr", "final_sigmas_type"},
         {"final_sigmas_type": "zero"},
     ),
-    "EulerAncestralDiscreteScheduler": SchedulerClass(_plain("euler-ancestral"), _SPACED | {"rescale_betas_zero_snr"}),
-    "HeunDiscreteScheduler": SchedulerClass(_plain("heun"), _SPACED | _RULES | {"clip_sample"}, _DENOISING),
-    "KDPM2DiscreteScheduler": SchedulerClass(_plain("dpm-2"), _SPACED | _RULES, _DENOISING),
-    "KDPM2AncestralDiscreteScheduler": SchedulerClass(_plain("dpm-2-ancestral"), _SPACED | _RULES, _DENOISING),
-    "LMSDiscreteScheduler": SchedulerClass(_plain("lms"), _SPACED | _RULES),
-    "DPMSolverSDEScheduler": SchedulerClass(_plain("dpm++-sde"), _SPACED | _RULES | {"noise_sampler_seed"}, _DENOISING),
+    "EulerAncestralDiscreteScheduler": SchedulerClass(plain("euler-ancestral"), _SPACED | {"rescale_betas_zero_snr"}),
+    "HeunDiscreteScheduler": SchedulerClass(plain("heun"), _SPACED | _RULES | {"clip_sample"}, _DENOISING),
+    "KDPM2DiscreteScheduler": SchedulerClass(plain("dpm-2"), _SPACED | _RULES, _DENOISING),
+    "KDPM2AncestralDiscreteScheduler": SchedulerClass(plain("dpm-2-ancestral"), _SPACED | _RULES, _DENOISING),
+    "LMSDiscreteScheduler": SchedulerClass(plain("lms"), _SPACED | _RULES),
+    "DPMSolverSDEScheduler": SchedulerClass(plain("dpm++-sde"), _SPACED | _RULES | {"noise_sampler_seed"}, _DENOISING),
     "DPMSolverSinglestepScheduler": SchedulerClass(
-        _singlestep,
+        singlestep,
         (_SPACED - {"timestep_spacing", "steps_offset"})
         | _RULES
         | _SOLVER
@@ -246,7 +160,7 @@ CLASSES: Mapping[str, SchedulerClass] = {
         _ANY,
     ),
     "DPMSolverMultistepScheduler": SchedulerClass(
-        _multistep,
+        multistep,
         _SPACED
         | _RULES
         | _SOLVER
@@ -257,10 +171,10 @@ CLASSES: Mapping[str, SchedulerClass] = {
         _ANY,
     ),
     "DEISMultistepScheduler": SchedulerClass(
-        _deis, _SPACED | _RULES | _SOLVER | _FLOW_SIGMAS, {**_SOLVES, "algorithm_type": "deis", "solver_type": "logrho"}
+        deis, _SPACED | _RULES | _SOLVER | _FLOW_SIGMAS, {**_SOLVES, "algorithm_type": "deis", "solver_type": "logrho"}
     ),
     "UniPCMultistepScheduler": SchedulerClass(
-        _unipc,
+        unipc,
         _SPACED
         | _RULES
         | (_SOLVER - {"algorithm_type"})
@@ -270,15 +184,15 @@ CLASSES: Mapping[str, SchedulerClass] = {
         {**_SOLVES, "solver_type": "bh2"},
     ),
     "LCMScheduler": SchedulerClass(
-        _plain("lcm", original_inference_steps="original_inference_steps", timestep_scaling="timestep_scaling"),
+        plain("lcm", original_inference_steps="original_inference_steps", timestep_scaling="timestep_scaling"),
         _DISTILLED | {"timestep_scaling"},
         {**_DISTILLS, "timestep_scaling": 10.0},
     ),
     "TCDScheduler": SchedulerClass(  # it has a timestep_scaling too, of which it makes no use
-        _plain("tcd", original_inference_steps="original_inference_steps"), _DISTILLED, _DISTILLS
+        plain("tcd", original_inference_steps="original_inference_steps"), _DISTILLED, _DISTILLS
     ),
     "FlowMatchEulerDiscreteScheduler": SchedulerClass(
-        _flow_euler,
+        flow_euler,
         _FLOW | {"stochastic_sampling"},
         {"num_train_timesteps": 1000, "shift": 1.0, "stochastic_sampling": False},
         FLOW_IN_FLOW,
@@ -292,10 +206,10 @@ CLASSES: Mapping[str, SchedulerClass] = {
         "flow",
     ),
     "EDMEulerScheduler": SchedulerClass(  # its first sigma is sqrt(sigma_max^2 + 1); ours is the paper's, sigma_max
-        _edm(_plain("euler")), _EDM, _EDM_DEFAULTS, {"prediction_type": ("epsilon",), "sigma_min": (), "sigma_max": ()}, "edm"
+        edm(plain("euler")), _EDM, _EDM_DEFAULTS, {"prediction_type": ("epsilon",), "sigma_min": (), "sigma_max": ()}, "edm"
     ),
     "EDMDPMSolverMultistepScheduler": SchedulerClass(
-        _edm(_multistep),
+        edm(multistep),
         _EDM | _SOLVER | {"euler_at_final"},
         {**_PLUS, **_EDM_DEFAULTS},
         {**_ANY, "prediction_type": ("epsilon",), "sigma_min": (), "sigma_max": ()},

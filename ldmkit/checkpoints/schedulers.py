@@ -14,8 +14,8 @@ from ldmkit.checkpoints.scheduler_classes import (
     UNSERVED,
     WITHOUT_EFFECT,
     SchedulerClass,
-    Values,
 )
+from ldmkit.checkpoints.scheduler_samplers import Values
 from ldmkit.errors import ConfigError
 
 _BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
