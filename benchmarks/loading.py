@@ -37,8 +37,8 @@ PEER = "diffusers"
 CLIP = {"vocab_size": 49408}
 SD, XL = "sd15", "sdxl"
 CASES = ((SD, "float16"), (SD, "float32"), (XL, "float16"))
-TIMING = {"rounds": 2, "least_seconds": 0.0}
-"""Of a full run: a load takes seconds, and differs little from the next."""
+TIMING = {"rounds": 5, "least_seconds": 0.0}
+"""Of a full run: a load takes seconds."""
 TILE = 2**24
 """So many random numbers are drawn, and repeated: drawing all of XL's takes longer than all loads together."""
 
