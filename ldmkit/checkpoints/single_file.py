@@ -152,7 +152,8 @@ def _override(config: str | Path | Mapping[str, Any] | None, name: str) -> dict[
 
 def source_of(found: Found, tensors: Mapping[str, Tensor], path: Path) -> Source:
     """A component with the keys that are its own: those at its place in the file."""
-    own = {key: tensor for key, tensor in tensors.items() if key.startswith(_places(found))}
+    places = _places(found)
+    own = {key: tensor for key, tensor in tensors.items() if key.startswith(places)}
     return Source(found.class_name, found.config, own, str(path), found.keymap, {**IGNORED, **found.ignored})
 
 
