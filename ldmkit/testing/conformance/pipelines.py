@@ -18,6 +18,7 @@ from ldmkit.testing.conformance import watch
 from ldmkit.testing.conformance.conditioners import TEXTS
 from ldmkit.testing.conformance.core import Property, Refused, alike, apart, same_bits
 from ldmkit.testing.conformance.report import Row
+from ldmkit.testing.trying import reason_of
 from ldmkit.testing.verdicts import ABSENT, FAILED, PASSED
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -162,6 +163,6 @@ def try_pipeline(prop: Property, what: SavedPipeline) -> Row:
         verdict, cases, reason = ABSENT, 0, str(error)
     except Exception as error:
         verdict, cases, raised = FAILED, 0, error
-        reason = str(error).strip() if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+        reason = reason_of(error)
     told: dict[str, Any] = {"name": prop.name, "expected": prop.expected, "source": prop.source}
     return Row(**told, verdict=verdict, cases=cases, reason=reason, error=raised)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ldmkit.testing.conformance.core import Property, Refused, Subject, Trial
 from ldmkit.testing.conformance.report import Row
 from ldmkit.testing.conformance.samplers import SCHEDULES
+from ldmkit.testing.trying import Case, draw, reason_of
 from ldmkit.testing.verdicts import ABSENT, FAILED, PASSED
-
-Case = Mapping[str, Any]
 
 
 def try_property(prop: Property, subject: Subject, *, examples: int) -> Row:
@@ -46,14 +44,13 @@ def try_property(prop: Property, subject: Subject, *, examples: int) -> Row:
         for case in _fixed(prop, subject):
             attempt(case)
         if not (prop.once and tried):
-            _draw(subject, examples=1 if prop.once else examples, attempt=attempt)
+            draw(_cases(subject), attempt, examples=1 if prop.once else examples)
     except Exception:
         if not failures:  # of our own
             raise
     if failures:
         case, error = failures[-1]
-        told = str(error).strip() if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-        return _row(prop, FAILED, tried, reason=told, case=case, error=error)
+        return _row(prop, FAILED, tried, reason=reason_of(error), case=case, error=error)
     if not tried:
         return _row(prop, FAILED, 0, reason=f"no case was served: {refused}")
     return _row(prop, PASSED, tried)
@@ -84,9 +81,8 @@ def _strategies(subject: Subject) -> dict[str, st.SearchStrategy[Any]]:
     return {"height": st.integers(1, 2), "width": st.integers(1, 2)}
 
 
-def _draw(subject: Subject, *, examples: int, attempt: Any) -> None:
-    """Hypothesis draws cases, and shrinks a failing one: the last failure seen is the smallest."""
-    cases = st.fixed_dictionaries(
+def _cases(subject: Subject) -> st.SearchStrategy[Case]:
+    return st.fixed_dictionaries(
         {
             "config": subject.drawn_configs(),
             "batch": st.integers(2, 3),
@@ -94,14 +90,3 @@ def _draw(subject: Subject, *, examples: int, attempt: Any) -> None:
             **_strategies(subject),
         }
     )
-    configured = settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        print_blob=False,
-        report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    configured(given(case=cases)(attempt))()

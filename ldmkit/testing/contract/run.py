@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-
 from ldmkit.testing.contract.core import Case, Property, Refused, Subject, Tally, Trial
 from ldmkit.testing.contract.report import Row
+from ldmkit.testing.trying import draw, reason_of
 from ldmkit.testing.verdicts import ABSENT, FAILED, NEEDS_GPU, PASSED
 
 
@@ -50,7 +49,8 @@ def try_property(prop: Property, subject: Subject, profile: Profile) -> Row:
         for case in prop.fixed(subject):
             attempt(case)
         if prop.cases is not None:
-            _draw(prop, subject, profile, attempt)
+            examples = max(1, round(prop.share * (profile.tiny_examples if subject.tiny else profile.examples)))
+            draw(prop.cases(subject), attempt, examples=examples, derandomize=profile.derandomize)
         elif not tally.cases and not tally.refused:
             attempt(subject.op.many())
     except Exception:
@@ -59,30 +59,12 @@ def try_property(prop: Property, subject: Subject, profile: Profile) -> Row:
     return _row(prop, subject, tally, failures)
 
 
-def _draw(prop: Property, subject: Subject, profile: Profile, attempt: Any) -> None:
-    """Hypothesis draws cases, and shrinks a failing one: the last failure seen is the smallest."""
-    assert prop.cases is not None
-    examples = max(1, round(prop.share * (profile.tiny_examples if subject.tiny else profile.examples)))
-    configured = settings(
-        max_examples=examples,
-        derandomize=profile.derandomize,
-        database=None,
-        deadline=None,
-        print_blob=False,
-        report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    configured(given(case=prop.cases(subject))(attempt))()
-
-
 def _row(prop: Property, subject: Subject, tally: Tally, failures: list[tuple[Case, BaseException]]) -> Row:
     common: dict[str, Any] = {"number": prop.number, "name": prop.name, "worst": tally.worst, "refused": len(tally.refused)}
     if failures:
         case, error = failures[-1]
-        told = str(error).strip() if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
         example = replay_line(prop, subject, case)
-        return Row(**common, cases=tally.cases, verdict=FAILED, reason=told, example=example)
+        return Row(**common, cases=tally.cases, verdict=FAILED, reason=reason_of(error), example=example)
     if not tally.cases:
         return Row(**common, cases=0, verdict=ABSENT, reason=tally.refused[0])
     return Row(**common, cases=tally.cases, verdict=PASSED, reason=prop.but(subject))
