@@ -9,24 +9,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ldmkit.checkpoints.files import check_writable, write_json
-from ldmkit.errors import ConfigError, InputError, MissingDependencyError, NumericalError, OutputError
+from ldmkit.errors import ConfigError, NumericalError, OutputError
 from ldmkit.training import state as states
 from ldmkit.training.draws import Batches
 from ldmkit.training.logs import Log, Meter
 from ldmkit.training.optim import EMA, lr_factor, make_optimizer
-from ldmkit.training.recipe_files import differences
 from ldmkit.training.recipes import AdversarialConfig, Recipe
 from ldmkit.training.stage import Share, Stage
-
-Start = Literal["auto", "resume", "fresh"]
-ARCHITECTURE = ("autoencoder.", "denoiser.", "conditioner.", "loss.adversarial.")
+from ldmkit.training.starting import Start, checkpoint_to_resume, make_accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,7 @@ def run(recipe: Recipe, options: Options, make_stage: Callable[[torch.device], S
         NumericalError: when a loss is NaN or infinite.
     """
     check_writable(options.out)
-    resumed = _checkpoint_to_resume(recipe, options)
+    resumed = checkpoint_to_resume(recipe, options.out, options.start, options.say)
     accelerator = make_accelerator(recipe, options.device)
     if recipe.batch_size % accelerator.num_processes:
         raise ConfigError(f"batch_size = {recipe.batch_size} is not a multiple of the {accelerator.num_processes} processes")
@@ -83,55 +80,6 @@ def run(recipe: Recipe, options: Options, make_stage: Callable[[torch.device], S
             stage = make_stage(accelerator.device)
         torch.manual_seed(recipe.seed + accelerator.process_index)  # dropout differs between processes
         return _Run(recipe, options, accelerator, stage, resumed)()
-
-
-def _checkpoint_to_resume(recipe: Recipe, options: Options) -> Path | None:
-    """Decide between a new run and an old one, before anything is read or written.
-
-    Raises:
-        InputError: where there is nothing to resume. ConfigError: where the old run had other parts, or was of the other stage.
-    """
-    checkpoints = options.out / "checkpoints"
-    found = states.find(checkpoints)
-    if options.start == "resume" and not found:
-        raise InputError(f"there is no checkpoint to resume in {checkpoints}; leave out --resume to start")
-    if options.start == "fresh" or not found:
-        return None
-    folder = found[-1]
-    info = states.read_info(folder)
-    if info["recipe_kind"] != type(recipe).__name__:
-        raise ConfigError(f"{folder} is of a run of {info['recipe_kind']}, not {type(recipe).__name__}; choose another folder")
-    changed = differences(info["recipe"], recipe.to_dict())
-    lines = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
-    if any(f"{key}.".startswith(ARCHITECTURE) for key in changed):
-        raise ConfigError(f"{folder} was trained with other parts ({'; '.join(lines)}); use --fresh or another folder")
-    for line in lines:
-        options.say(f"the recipe has changed since: {line}")
-    return folder
-
-
-def make_accelerator(recipe: Recipe, device: str) -> Any:
-    """Hugging Face Accelerate, set up for the recipe's precision and the wanted device."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError:
-        raise MissingDependencyError("training needs Accelerate: pip install 'ldmkit[train]'") from None
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device = {device!r}: must be auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device = 'cuda' was asked for, but torch sees no CUDA device; use cpu")
-    if recipe.mixed_precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
-        raise ConfigError("mixed_precision = 'fp16' needs a GPU; use bf16 or no")
-    # Accelerate keeps its choices for the life of the process; a second run in it may choose otherwise.
-    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    return Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        cpu=device == "cpu" or not torch.cuda.is_available(),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
 
 
 class _Run:

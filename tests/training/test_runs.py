@@ -262,6 +262,8 @@ def test_resume_demands_a_checkpoint_and_fresh_deletes_it(data: Path, tmp_path: 
     recipe = stage_one(data, steps=3)
     with pytest.raises(InputError, match="there is no checkpoint to resume"):
         train_autoencoder(recipe, Options(tmp_path, start="resume", device="cpu"))
+    with pytest.raises(InputError, match=r"start = 'anew': must be 'auto', 'resume', 'fresh'"):
+        train_autoencoder(recipe, Options(tmp_path, start="anew", device="cpu"))
     train_autoencoder(recipe, Options(tmp_path, device="cpu"))
     first = bits(tmp_path)
     assert train_autoencoder(recipe, Options(tmp_path, start="resume", device="cpu")).finished
