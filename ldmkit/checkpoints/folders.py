@@ -85,20 +85,15 @@ def read_folder(
     arguments: dict[str, Any] = {"accounting": {}, "conditioner": None}
     tokenizers = {name: folder / name for name in TOKENIZERS if name in present}
     for kind, names in COMPONENTS.items():
-        sources = {
-            name: source(folder / name, present[name], variant) for name in names if name in present and kind not in without
-        }
-        if not sources and kind not in without and kind != "conditioner":
-            raise CheckpointError(f"{folder / INDEX} names no {' or '.join(names)}; pass {kind}=...")
-        if LOW_RES in present and "vae" in sources:  # which old copies of the x4 upscaler do not say, and diffusers knows
-            told = {"scaling_factor": UPSCALER_SCALING, **sources["vae"].config}
-            sources["vae"] = dataclasses.replace(sources["vae"], config=told)
-        if pipeline_class == SUPER_RESOLUTION and kind == "autoencoder":
-            unscaled = {"scaling_factor": 1.0}
-            sources = {name: dataclasses.replace(each, config={**each.config, **unscaled}) for name, each in sources.items()}
+        if kind in without:
+            continue
+        sources = {name: source(folder / name, present[name], variant) for name in names if name in present}
         if sources:
+            sources = {name: _rescaled(name, each, LOW_RES in present, pipeline_class) for name, each in sources.items()}
             part, accounting = assemble(kind, sources, tokenizers, dtype=dtype, device=device, strict=strict)
             arguments[kind], arguments["accounting"][kind] = part, accounting
+        elif kind != "conditioner":
+            raise CheckpointError(f"{folder / INDEX} names no {' or '.join(names)}; pass {kind}=...")
     if "scheduler" in present and not {"sampler", "schedule", "prediction"} <= set(without):
         arguments |= read_scheduler(read_object(folder / "scheduler" / "scheduler_config.json"))
     unet = read_object(folder / "unet" / "config.json") if "unet" in present else {}
@@ -112,6 +107,16 @@ def read_folder(
         arguments["upscaling"] = {"noise": noise}
         arguments["defaults"] |= UPSCALER_DEFAULTS
     return arguments
+
+
+def _rescaled(name: str, component: Source, low_res: bool, pipeline_class: Any) -> Source:
+    """An autoencoder with the scale that its pipeline in diffusers has, whatever its own config says; others as they are."""
+    config = component.config
+    if low_res and name == "vae":  # old copies of the x4 upscaler do not say it
+        config = {"scaling_factor": UPSCALER_SCALING, **config}
+    if pipeline_class == SUPER_RESOLUTION and name in COMPONENTS["autoencoder"]:
+        config = {**config, "scaling_factor": 1.0}
+    return dataclasses.replace(component, config=config)
 
 
 def components(folder: Path, without: Collection[str]) -> dict[str, str]:
