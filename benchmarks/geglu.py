@@ -4,6 +4,9 @@ This is the evidence behind the automatic choice (choice.json of ldmkit/kernels/
 the last column tells whether that choice was right. It depends on the instruction set: ATEN_CPU_CAPABILITY=avx2 measures what a
 machine without AVX-512 does.
 
+The backward of `geglu_linear` has the layer's output kept, or computes it anew (RECOMPUTED of its op.py says which); the choice
+that was not made runs beside it.
+
 `geglu` also runs beside a copy of as many bytes as it has to move, `geglu_linear` beside its matrix product alone: the ratio
 of that over ours is the share of the memory's, or the product's, measured speed. On a GPU the targets for an H200 are printed.
 """
@@ -22,6 +25,7 @@ from benchmarks import common
 from benchmarks.common import Run, Spread, ratio
 from ldmkit.kernels import geglu, geglu_linear
 from ldmkit.kernels.backends import automatic, implementations
+from ldmkit.kernels.geglu_linear.op import RECOMPUTED
 
 Op = Callable[..., Tensor]
 
@@ -99,6 +103,29 @@ def _forward_and_backward(op: Op, tensors: list[Tensor]) -> Run:
     return lambda: torch.autograd.grad(op(*tensors), tensors, grad)
 
 
+def other_way(op: str, tensors: list[Tensor], direction: str) -> dict[str, Run]:
+    """The backward of `geglu_linear` with the layer's output computed anew where it would be kept, or kept where it would not."""
+    x = tensors[0]
+    names = backends(op, x.device.type)[:-1]
+    if op != "geglu_linear" or direction == "forward":
+        return {}
+    kept = x.shape[-1] > RECOMPUTED[x.device.type]
+
+    def turned(run: Run) -> Run:
+        def turn() -> None:
+            before = RECOMPUTED[x.device.type]
+            RECOMPUTED[x.device.type] = x.shape[-1] if kept else 0
+            try:
+                run()
+            finally:
+                RECOMPUTED[x.device.type] = before
+
+        return turn
+
+    runs = calls(op, tensors, direction, compiled=False)
+    return {f"{name}, {'computed anew' if kept else 'kept'}": turned(runs[name]) for name in names}
+
+
 def least(op: str, tensors: list[Tensor], direction: str) -> dict[str, Run]:
     """What no implementation can do without: a copy that moves its bytes, or its matrix products."""
     x, *weights = tensors
@@ -144,7 +171,8 @@ def measure(
 ) -> dict[str, Any]:
     """One case, as it goes to the JSON."""
     tensors = inputs(op, shape, dtype, device)
-    runs = calls(op, tensors, direction, compiled=compiled) | least(op, tensors, direction)
+    runs = calls(op, tensors, direction, compiled=compiled)
+    runs |= other_way(op, tensors, direction) | least(op, tensors, direction)
     times = common.interleave(runs, clock=clock_of(device), **timing)
     features = {"N": 4 * shape[-1]} | ({} if op == "geglu" else {"K": shape[-1]})
     arguments = tensors if op == "geglu" else [*tensors, False]
