@@ -104,7 +104,7 @@ def _forward_and_backward(op: Op, tensors: list[Tensor]) -> Run:
 
 
 def other_way(op: str, tensors: list[Tensor], direction: str) -> dict[str, Run]:
-    """The backward of `geglu_linear` with the layer's output computed anew where it would be kept, or kept where it would not."""
+    """The backward of `geglu_linear` that computes the layer's output anew where it would be kept, or keeps it otherwise."""
     x = tensors[0]
     names = backends(op, x.device.type)[:-1]
     if op != "geglu_linear" or direction == "forward":
