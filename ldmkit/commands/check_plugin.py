@@ -79,7 +79,8 @@ def _plugins(what: str) -> list[Plugin]:
         raise InputError(f"no plugin or distribution is called {what!r}, and no folder; there are {', '.join(known)}")
     for plugin in plugins:
         if plugin.state != "ok":
-            raise PluginError(f"{plugin} {plugin.state}: {plugin.error}")
+            where = f"\n{plugin.traceback.rstrip()}" if plugin.traceback else ""
+            raise PluginError(f"{plugin} {plugin.state}: {plugin.error}{where}")
     return plugins
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib import metadata
 from typing import Any, Literal
 
@@ -161,7 +162,7 @@ def _load(entry_point: metadata.EntryPoint, plugin: Plugin) -> Plugin:
         manager = _register(entry_point.load(), name=entry_point.name)
         api = _declared_api(manager.hook.ldmkit_api())
         _check_api(api)
-        manager.check_pending()  # a hook implementation with a misspelt name
+        _check_names(manager)
         components = _components(manager.hook.ldmkit_components())
         kernels = _kernels(manager.hook.ldmkit_kernels())
         extensions = _extensions(manager)
@@ -202,6 +203,18 @@ def _empty_manager() -> pluggy.PluginManager:
 def hook_names() -> tuple[str, ...]:
     """The names of all hooks a plugin may implement."""
     return tuple(sorted(vars(_empty_manager().hook)))
+
+
+def _check_names(manager: pluggy.PluginManager) -> None:
+    """Raise PluginError for an implementation of a hook that there is not."""
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError:
+        unknown = {name: hook for name, hook in vars(manager.hook).items() if not hook.has_spec()}
+        name = next(name for name, hook in unknown.items() if not all(each.optionalhook for each in hook.get_hookimpls()))
+        close = get_close_matches(name, hook_names(), n=1)
+        meant = f"did you mean {close[0]}?" if close else f"hooks: {', '.join(hook_names())}"
+        raise PluginError(f"it implements {name}, which is no hook; {meant}") from None
 
 
 def _declared_api(answers: list[Any]) -> str:

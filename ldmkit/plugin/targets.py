@@ -9,6 +9,7 @@ from typing import Any
 from ldmkit.errors import LdmkitError, PluginError
 from ldmkit.plugin import requirements
 from ldmkit.plugin.manager import Plugin, Row
+from ldmkit.plugin.places import place
 from ldmkit.plugin.spec import EXTENSION_KINDS
 
 INTERFACES = {
@@ -50,7 +51,9 @@ def _imported(plugin: Plugin, component: Row) -> Any:
         hint = hint or requirements.hint(error, plugin.distribution)
         raise PluginError(f"{what} cannot be imported: {error}" + (f"; {hint}" if hint else "")) from error
     except (Exception, SystemExit) as error:
-        raise PluginError(f"{what} cannot be imported from {component.target!r}: {type(error).__name__}: {error}") from error
+        told, where = f"{type(error).__name__}: {error}", place(error)
+        told = f"{told}; raised at {where}" if where else told
+        raise PluginError(f"{what} cannot be imported from {component.target!r}: {told}") from error
     return value
 
 

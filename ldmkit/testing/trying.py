@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from ldmkit.plugin.places import package, place
 
 Case = Mapping[str, Any]
 
@@ -31,5 +34,8 @@ def draw(cases: st.SearchStrategy[Case], attempt: Callable[[Case], None], *, exa
 
 
 def reason_of(error: BaseException) -> str:
-    """What a property says that does not hold; of other exceptions also which they are."""
-    return str(error).strip() if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+    """What a property says that does not hold; of exceptions that the part raises, which they are and where."""
+    where, steps = place(error), [package(frame.f_globals) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, AssertionError) and (not where or steps[-1] == "ldmkit"):
+        return str(error).strip()
+    return f"{type(error).__name__}: {error}" + (f"; raised at {where}" if where else "")

@@ -64,6 +64,15 @@ def test_the_command_line_takes_all_of_them(monkeypatch, capsys):
     assert out.endswith("\n1 passed\n\n")
 
 
+def test_a_plugin_that_fails_is_told_with_its_line(site, monkeypatch, capsys):
+    site.install("ex-broken", "\n\nraise OSError('no luck')")
+    monkeypatch.setattr(module, "_registry", site.registry())
+    assert main(["plugin", "check", "ex-broken"]) == 2
+    told = capsys.readouterr().err
+    assert "(entry point 'fake_ex_broken') failed: OSError: no luck\nTraceback" in told
+    assert 'fake_ex_broken.py", line 3, in <module>' in told
+
+
 PART = """
 import ldmkit
 from ldmkit.plugin.spec import Component, Example, hookimpl

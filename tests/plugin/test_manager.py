@@ -17,7 +17,11 @@ BROKEN = {
     "exits on import": ("import sys; sys.exit(3)", "SystemExit: 3"),
     "no hooks": ("x = 1", "implements no hook"),
     "hook unmarked": ("def ldmkit_components(): return []", "lacks its decorator"),
-    "hook misspelt": (HEAD + "@hookimpl\ndef ldmkit_componets(): return []", "unknown hook 'ldmkit_componets'"),
+    "hook misspelt": (
+        HEAD + "@hookimpl\ndef ldmkit_componets(): return []",
+        "implements ldmkit_componets, which is no hook; did you mean ldmkit_components?",
+    ),
+    "hook unheard of": (HEAD + "@hookimpl\ndef zebra(): return []", "implements zebra, which is no hook; hooks: ldmkit_api, "),
     "wrong signature": (HEAD + "@hookimpl\ndef ldmkit_components(kind): return []", "PluginValidationError"),
     "hook raises": (HEAD + "@hookimpl\ndef ldmkit_components(): return 1 / 0", "ZeroDivisionError"),
     "generator raises": (HEAD + "@hookimpl\ndef ldmkit_components(): yield 1 / 0", "ZeroDivisionError"),

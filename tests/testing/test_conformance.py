@@ -69,6 +69,18 @@ def test_a_property_names_where_it_is_written(prop):
     assert value.__doc__
 
 
+@pytest.mark.parametrize(
+    ("error", "told"), [(RuntimeError("stuck"), "RuntimeError: stuck"), (AssertionError(), "AssertionError: ")]
+)
+def test_what_a_part_raises_is_told_with_its_line(error, told):
+    def stuck(*_):
+        raise error
+
+    broken = type("Stuck", (GoodConditioner,), {"forward": stuck})
+    (row,) = conformance.check(conformance.subject("conditioner", broken), only=["shapes"])
+    assert row.reason == f"{told}; raised at {__file__}, line {stuck.__code__.co_firstlineno + 1}, in stuck"
+
+
 def test_a_suite_is_three_lines():
     class TestGood(conformance.Suite):
         subject = GOOD["sampler"]

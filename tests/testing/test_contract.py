@@ -56,7 +56,8 @@ def test_an_exception_in_the_kernel_is_a_failure_with_its_name():
 
     (row,) = contract.check("geglu", broken, device="cpu", only=[BOUND])
     assert row.verdict == "failed"
-    assert row.reason == "ZeroDivisionError: oh"
+    where = f"{__file__}, line {broken.__code__.co_firstlineno + 1}, in broken"
+    assert row.reason == f"ZeroDivisionError: oh; raised at {where}"
 
 
 def test_a_backend_may_refuse(monkeypatch):
