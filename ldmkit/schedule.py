@@ -56,7 +56,7 @@ class NoiseSchedule(Schedule):
         """Shape of the schedule, and the times that runs visit unless a sampler has its own rule.
 
         Attributes:
-            num_train_timesteps: T.
+            num_train_timesteps: T, at most a million: there is a table of as many levels.
             beta_schedule: "linear" (Ho et al. 2020), "scaled_linear" (linear in sqrt(beta); Rombach et al. 2022) or
                 "squaredcos_cap_v2" (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17).
             rescale_betas_zero_snr: shift and scale sqrt(abar) so that the last level is pure noise (Lin et al. 2024,
@@ -67,7 +67,7 @@ class NoiseSchedule(Schedule):
             set_alpha_to_one: whether DDPM-like methods end on the clean image rather than at t = 0.
         """
 
-        num_train_timesteps: int = Field(1000, ge=1)
+        num_train_timesteps: int = Field(1000, ge=1, le=10**6)
         beta_start: float = Field(0.00085, gt=0, lt=1)
         beta_end: float = Field(0.012, gt=0, lt=1)
         beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ldmkit.checkpoints.accounting import Accounting, grouped
-from ldmkit.checkpoints.filling import DType, fill, skeleton
+from ldmkit.checkpoints.filling import DType, fill
 from ldmkit.checkpoints.foreign import Reading
 from ldmkit.checkpoints.keymap import IDENTITY, KeyMap
+from ldmkit.checkpoints.skeletons import skeleton
 from ldmkit.errors import CheckpointError, ConfigError, LdmkitError, PluginError, UnknownPartError
 from ldmkit.plugin.registry import registry
 
@@ -105,7 +106,8 @@ def prepare(
         if isinstance(error, LdmkitError):
             raise
         raise ConfigError(f"{kind} in {where}: its config holds a value of a wrong type or length ({error})") from error
-    part = skeleton(cls, cls.Config.parse(reading.config, owner=f"{kind} in {where}"))
+    held = [tensor for source in sources.values() for tensor in source.tensors.values()]
+    part = skeleton(cls, cls.Config.parse(reading.config, owner=f"{kind} in {where}"), held=held, source=f"{kind} in {where}")
     tensors: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
     ignored: dict[str, str] = {}

@@ -1,15 +1,13 @@
-"""Modules without weights, and weights put into them: nothing is drawn at random first, no tensor is copied twice, and none at
-all that the file holds as it is wanted."""
+"""Weights put into modules that were made without: no tensor is copied twice, and none at all that the file holds as wanted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from ldmkit.checkpoints.accounting import Accounting
@@ -26,46 +24,9 @@ ALIGNMENT = 64
 """Bytes: torch's own tensors begin at multiples of it. Its products of others in 32 or 64 bits may round differently (those of
 a matrix and a single vector do); the bits would change. Products in 16 bits are the same wherever a weight begins."""
 
-_INITIALISERS = frozenset({"kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_", "zero_", "fill_"})
-"""Of torch and transformers, which puts its own in the place of torch's; their first argument is the tensor."""
-
 
 _UNSEEN: WeakKeyDictionary[nn.Module, list[tuple[Tensor, str]]] = WeakKeyDictionary()
 """Modules whose stored numbers nobody has looked at yet, with what each tensor is called in messages."""
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty`, which is how modules make weights, gives tensors without memory. Other tensors are made as ever.
-
-    Initialising what has no memory does nothing, and took about a quarter of the time of making a U-Net: it is left out.
-    """
-
-    def __torch_function__(self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in _INITIALISERS:
-            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                return tensor
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
-
-
-def skeleton(part_class: type[M], config: Any) -> M:
-    """A module whose weights have no memory yet; `fill` gives them some. The caller's random state is not spent.
-
-    A class that needs numbers of its weights while it is made, or keeps some outside its state dict, is made with all of them.
-    """
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with _EmptyOnMeta():
-                module = part_class(config)
-        except (NotImplementedError, RuntimeError):  # torch's answers to reading a number of a tensor that has none
-            return part_class(config)
-        stored = module.state_dict().keys()
-        if any(buffer.is_meta for name, buffer in module.named_buffers() if name not in stored):
-            return part_class(config)
-    return module
 
 
 def check_dtype(dtype: Any) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.files import atomic_folder, read_json, write_json
-from ldmkit.checkpoints.filling import DType, check_dtype, fill, skeleton
+from ldmkit.checkpoints.filling import DType, check_dtype, fill
+from ldmkit.checkpoints.skeletons import skeleton
 from ldmkit.checkpoints.weights import WEIGHT_FILES, read_weights, write_weights
 from ldmkit.errors import CheckpointError, ConfigError, OutputError
 from ldmkit.interfaces import Part
@@ -105,7 +106,7 @@ def restore_part(
     config = part_class.Config.parse(values, owner=f"{found} {name!r} in {folder}")
     if not issubclass(part_class, nn.Module):
         return part_class(config)
-    part = skeleton(part_class, config)
     tensors = read_weights(folder)
+    part = skeleton(part_class, config, held=tensors.values(), source=str(folder))
     accounting = Accounting.of(part.state_dict(), tensors, source=str(folder), model=part_class.__name__)
     return fill(part, tensors, accounting, dtype=dtype, device=device)

@@ -72,9 +72,10 @@ class DownBlock(nn.Module):
     def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
         widths, depth = config.block_out_channels, config.transformer_layers_per_block[level]
-        inputs = [widths[max(level - 1, 0)]] + [widths[level]] * (config.layers_per_block - 1)
-        self.resnets = nn.ModuleList(res_block(config, channels, widths[level]) for channels in inputs)
-        self.attentions = nn.ModuleList(attention(config, level, depth) for _ in inputs if depth)
+        own, layers = widths[level], config.layers_per_block
+        inputs = (own if i else widths[max(level - 1, 0)] for i in range(layers))
+        self.resnets = nn.ModuleList(res_block(config, channels, own) for channels in inputs)
+        self.attentions = nn.ModuleList(attention(config, level, depth) for _ in range(layers if depth else 0))
         self.downsamplers = nn.ModuleList([resampler(config, level, "down")] if level < len(widths) - 1 else [])
 
     def forward(self, x_BCHW: Tensor, time_BC: Tensor, context: Context | None) -> tuple[Tensor, list[Tensor]]:
@@ -116,10 +117,11 @@ class UpBlock(nn.Module):
     def __init__(self, config: UNetConfig, level: int) -> None:
         super().__init__()
         widths, depth, layers = config.block_out_channels, config.transformer_layers_per_block[level], config.layers_per_block
-        inputs = [widths[min(level + 1, len(widths) - 1)]] + [widths[level]] * layers
-        skips = [widths[level]] * layers + [widths[max(level - 1, 0)]]
-        self.resnets = nn.ModuleList(res_block(config, a + b, widths[level]) for a, b in zip(inputs, skips, strict=True))
-        self.attentions = nn.ModuleList(attention(config, level, depth) for _ in inputs if depth)
+        own = widths[level]
+        inputs = (own if i else widths[min(level + 1, len(widths) - 1)] for i in range(layers + 1))
+        skips = (own if i < layers else widths[max(level - 1, 0)] for i in range(layers + 1))
+        self.resnets = nn.ModuleList(res_block(config, a + b, own) for a, b in zip(inputs, skips, strict=True))
+        self.attentions = nn.ModuleList(attention(config, level, depth) for _ in range(layers + 1 if depth else 0))
         self.upsamplers = nn.ModuleList([resampler(config, level, "up")] if level > 0 else [])
 
     def forward(self, x_BCHW: Tensor, skips: Sequence[Tensor], time_BC: Tensor, context: Context | None) -> Tensor:

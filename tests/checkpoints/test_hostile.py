@@ -1,12 +1,15 @@
 """Files that are broken or mean harm: a named error, no code run, memory bounded."""
 
 import codecs
+import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from safetensors.torch import save, save_file
 from ldmkit import Pipeline
 from ldmkit.checkpoints.container import SafetensorsFile
 from ldmkit.checkpoints.pickles import read_pickle
+from ldmkit.checkpoints.skeletons import skeleton
 from ldmkit.checkpoints.weights import read_weights
-from ldmkit.errors import CheckpointError, LdmkitError
+from ldmkit.errors import ArchitectureMismatchError, CheckpointError, ConfigError, LdmkitError
 from tests.checkpoint_peers import stable_diffusion
 from tests.conditions import tiny_pipeline
 from tests.mutants import Spoilt, header_of, with_header
@@ -243,6 +247,7 @@ def test_weights_that_are_no_numbers(tmp_path: Path, value: float, dtype: Any, m
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("folder")
     stable_diffusion(place / "tokenizer").save_pretrained(place / "sd")
+    tiny_pipeline(place).save_pretrained(place / "own")
     return place / "sd"
 
 
@@ -263,3 +268,71 @@ def test_some_configs_of_wrong_types(folder: Path, file: str, changes: dict[str,
     spoilt = json.dumps({**json.loads(path.read_text()), **changes}).encode()
     with Spoilt(path, spoilt), pytest.raises(LdmkitError):
         Pipeline.from_pretrained(folder)
+
+
+def enlarged(content: Any, place: tuple[str | int, ...], value: Any) -> bytes:
+    at = content
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    return json.dumps(content).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "message"),
+    [
+        ("sd/unet/config.json", ("layers_per_block",), 2**31, r"a model of \d+ weights and more, and there are \d+"),
+        ("sd/unet/config.json", ("transformer_layers_per_block",), 2**40, r"a model of \d+ weights and more"),
+        ("sd/unet/config.json", ("block_out_channels", 1), 2**31, "a tensor that cannot be"),
+        ("sd/vae/config.json", ("block_out_channels",), [8, 8, 8, 8] * 500, r"a model of \d+ weights and more"),
+        ("sd/text_encoder/config.json", ("num_hidden_layers",), 2**31, r"a model of \d+ weights and more"),
+        ("sd/text_encoder/config.json", ("max_position_embeddings",), 2**31, r"a model of \d+ bytes and more"),
+        ("sd/scheduler/scheduler_config.json", ("num_train_timesteps",), 2**31, "num_train_timesteps = 2147483648"),
+        ("own/denoiser/part.json", ("config", "block_out_channels", 1), 10**30, "a tensor that cannot be"),
+        ("own/conditioner/part.json", ("config", "vocab"), 7, "must be the bare name of a file"),
+        ("own/conditioner/part.json", ("config", "vocab"), "..", "must be the bare name of a file"),
+    ],
+)
+def test_configs_that_grow(folder: Path, file: str, place: tuple[str | int, ...], value: Any, message: str) -> None:
+    """Refused before the memory is there, by what the weights file holds."""
+    path = folder.parent / file
+    spoilt = enlarged(json.loads(path.read_text()), place, value)
+    with Spoilt(path, spoilt), pytest.raises(LdmkitError, match=message):
+        Pipeline.from_pretrained(folder.parent / file.partition("/")[0])
+
+
+def numbers(content: Any, *above: str | int) -> Iterator[tuple[str | int, ...]]:
+    """Where the numbers are."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield *above, key
+        elif isinstance(value, dict | list):
+            yield from numbers(value, *above, key)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["sd", "own"])
+def test_every_number_of_a_config_made_huge(folder: Path, name: str) -> None:
+    """The pipeline as it was (a size that nothing is made of), or an error of ours; `test_configs_that_grow` says which."""
+    for path in sorted(set((folder.parent / name).rglob("*.json")) - set(folder.parent.rglob("vocab.json"))):
+        for place, value in itertools.product(numbers(json.loads(path.read_text())), (2**31, 2**40, 10**30)):
+            with Spoilt(path, enlarged(json.loads(path.read_text()), place, value)), contextlib.suppress(LdmkitError):
+                Pipeline.from_pretrained(folder.parent / name)
+
+
+def test_a_class_with_tables_of_its_own_is_bounded() -> None:
+    """Also where it is made with numbers, which it asks for."""
+
+    class Tables(torch.nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.empty(2))
+            self.asked = float(self.scale.sum())
+            self.register_buffer("table", torch.arange(size), persistent=False)
+
+    held = [torch.ones(2)]
+    assert skeleton(Tables, 1000, held=held).table.tolist() == list(range(1000))
+    with pytest.raises(ArchitectureMismatchError, match="x: the config describes a model of 8589934600 bytes"):
+        skeleton(Tables, 2**30, held=held, source="x")
+    with pytest.raises(ConfigError, match=r"x: Tables cannot be made of its config \(TypeError: .*list"):
+        skeleton(Tables, [], source="x")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ldmkit import Pipeline
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.container import SafetensorsFile
-from ldmkit.checkpoints.filling import fill, skeleton
+from ldmkit.checkpoints.filling import fill
+from ldmkit.checkpoints.skeletons import skeleton
 from ldmkit.errors import CheckpointError, InputError, InputTypeError
 from ldmkit_unet.unet import UNet
 from tests.conditions import tiny_pipeline

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ldmkit import Pipeline
 from ldmkit.adapters import Adapter, Adapters
 from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
-from ldmkit.checkpoints.filling import skeleton
 from ldmkit.checkpoints.inspecting import inspect
 from ldmkit.checkpoints.lora import Pair, pairs_of
 from ldmkit.checkpoints.lora_files import read_lora
 from ldmkit.checkpoints.lora_names import Layers
+from ldmkit.checkpoints.skeletons import skeleton
 from ldmkit.errors import ArchitectureMismatchError, CheckpointError, InputError, InputTypeError
 from ldmkit.kernels import record
 from ldmkit.nn.low_rank import directions

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ldmkit import Pipeline, build
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.container import SafetensorsFile
-from ldmkit.checkpoints.filling import fill, skeleton, verify
+from ldmkit.checkpoints.filling import fill, verify
 from ldmkit.checkpoints.parts import load_part, save_part
+from ldmkit.checkpoints.skeletons import skeleton
 from ldmkit.errors import CheckpointError
 from ldmkit.kernels import geglu_linear, group_norm_silu
 from tests.conditions import tiny_pipeline
