@@ -283,7 +283,7 @@ def enlarged(content: Any, place: tuple[str | int, ...], value: Any) -> bytes:
     [
         ("sd/unet/config.json", ("layers_per_block",), 2**31, r"a model of \d+ weights and more, and there are \d+"),
         ("sd/unet/config.json", ("transformer_layers_per_block",), 2**40, r"a model of \d+ weights and more"),
-        ("sd/unet/config.json", ("block_out_channels", 1), 2**31, "a tensor that cannot be"),
+        ("sd/unet/config.json", ("block_out_channels", 1), 2**31, r"a model of \d+ bytes and more"),
         ("sd/vae/config.json", ("block_out_channels",), [8, 8, 8, 8] * 500, r"a model of \d+ weights and more"),
         ("sd/text_encoder/config.json", ("num_hidden_layers",), 2**31, r"a model of \d+ weights and more"),
         ("sd/text_encoder/config.json", ("max_position_embeddings",), 2**31, r"a model of \d+ bytes and more"),
@@ -314,7 +314,8 @@ def numbers(content: Any, *above: str | int) -> Iterator[tuple[str | int, ...]]:
 @pytest.mark.parametrize("name", ["sd", "own"])
 def test_every_number_of_a_config_made_huge(folder: Path, name: str) -> None:
     """The pipeline as it was (a size that nothing is made of), or an error of ours; `test_configs_that_grow` says which."""
-    for path in sorted(set((folder.parent / name).rglob("*.json")) - set(folder.parent.rglob("vocab.json"))):
+    vocabularies = ("vocab.json", "tokenizer.json")  # whose many numbers are ids
+    for path in sorted(path for path in (folder.parent / name).rglob("*.json") if path.name not in vocabularies):
         for place, value in itertools.product(numbers(json.loads(path.read_text())), (2**31, 2**40, 10**30)):
             with Spoilt(path, enlarged(json.loads(path.read_text()), place, value)), contextlib.suppress(LdmkitError):
                 Pipeline.from_pretrained(folder.parent / name)
@@ -327,7 +328,7 @@ def test_a_class_with_tables_of_its_own_is_bounded() -> None:
         def __init__(self, size: int) -> None:
             super().__init__()
             self.scale = torch.nn.Parameter(torch.empty(2))
-            self.asked = float(self.scale.sum())
+            self.asked = float(self.scale.detach().sum())
             self.register_buffer("table", torch.arange(size), persistent=False)
 
     held = [torch.ones(2)]
