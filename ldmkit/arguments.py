@@ -111,7 +111,7 @@ def refused(
     if scale <= 1 and len(positive.terms()[0]) == 1 and (prompt is not None or embeds is not None):
         if given.told is not None:
             raise InputError("the negative prompt has no effect on a denoiser that is told the guidance scale; leave it out")
-        text = f"the negative prompt has no effect at guidance_scale = {scale:g}: guidance is off up to 1"
+        text = "the negative prompt has no effect: guidance is off up to guidance_scale = 1"
         warnings.warn(text, stacklevel=4)
     if embeds is not None:
         _check_embeds("negative_prompt_embeds", embeds)

@@ -24,7 +24,7 @@ def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None
     Args:
         images: a PIL image; an array (H, W, C) or (B, H, W, C) in [0, 1] or uint8; a tensor (C, H, W) or (B, C, H, W), uint8 or
             in [-1, 1] (taken to be in [0, 1] when nothing in it is negative, as diffusers does); or a list of these.
-        channels: 3 or 1; PIL images are converted.
+        channels: 3 or 1; PIL images are converted, transparent ones over white, as in training.
         size: (height, width) to resize PIL images to.
 
     Raises:
@@ -43,6 +43,9 @@ def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None
 def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
     if isinstance(image, Image.Image):
         _check_mode(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB" if channels == 3 else "L")
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.LANCZOS)
@@ -53,7 +56,7 @@ def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
         if x_BHWC.ndim != 4:
             raise InputError(f"an image array must be (H, W, C) or (B, H, W, C), got shape {image.shape}")
         _check_numbers("an image", image)
-        x = torch.from_numpy(np.ascontiguousarray(x_BHWC)).permute(0, 3, 1, 2)
+        x = torch.from_numpy(np.array(x_BHWC, order="C")).permute(0, 3, 1, 2)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         if x.numel() and not (x.min() >= 0 and x.max() <= 1):
             raise InputError(f"an image array must be in [0, 1] (or uint8), got [{x.min():g}, {x.max():g}]")
@@ -88,20 +91,26 @@ def to_mask(mask: Any, *, size: tuple[int, int], resize: bool = False) -> Tensor
         resize: bring PIL masks to that size, as `to_pixels` does with images.
 
     Raises:
-        InputError: when its size differs from the image's, with both; where uint8 goes from 0 to 1, for white is 255.
+        InputError: when its size differs from the image's, with both; where uint8 goes from 0 to 1, for white is 255; of a
+            transparent PIL image.
     """
     entries = list(mask) if isinstance(mask, list | tuple) else [mask]
     planes = []
     for entry in entries:
         if isinstance(entry, Image.Image):
             _check_mode(entry)
+            if entry.has_transparency_data and np.array(entry.convert("RGBA"))[..., 3].min() < 255:
+                raise InputError(
+                    "a mask that is transparent in places may mean either; give one that is white where to repaint, say "
+                    "PIL.ImageOps.invert(mask.getchannel('A')) for what is transparent"
+                )
             entry = entry.convert("L")
             if resize and entry.size != size[::-1]:
                 entry = entry.resize(size[::-1], Image.Resampling.NEAREST)
             entry = np.array(entry)
         if isinstance(entry, np.ndarray):
             _check_numbers("a mask", entry)
-            entry = torch.from_numpy(np.ascontiguousarray(entry))
+            entry = torch.from_numpy(np.array(entry, order="C"))
             entry = entry.squeeze(-1) if entry.ndim == 3 and entry.shape[-1] == 1 else entry
         if not isinstance(entry, Tensor):
             raise InputTypeError(

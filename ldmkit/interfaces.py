@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import ldmkit.config
+from ldmkit.briefly import config_briefly, fields_briefly
 from ldmkit.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -115,6 +116,8 @@ class Condition:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     FIELDS: ClassVar[tuple[str, ...]] = ("tokens_BLC", "mask_BL", "vector_BC", "labels_B", "guidance_B", "spatial_BCHW")
+
+    __repr__ = fields_briefly
 
     def given(self) -> frozenset[str]:
         """Names of the tensor fields that are set."""
@@ -501,6 +504,8 @@ class Transition:
     interval: tuple[float, float] | None = None
     then: Callable[[Tensor], Transition] | None = None
 
+    __repr__ = fields_briefly
+
     @property
     def stochastic(self) -> bool:
         """Whether anything is left to chance."""
@@ -546,6 +551,8 @@ class SamplerState:
     denoised: Tensor | None = None
     drawn: tuple[Tensor, ...] = ()
     laws: tuple[Transition, ...] = ()
+
+    __repr__ = fields_briefly
 
     @property
     def done(self) -> bool:
@@ -611,6 +618,8 @@ class Sampler(Part):
     """Decides the noise levels and takes the steps. Stateless: one instance serves any number of threads and runs."""
 
     facts: ClassVar[SamplerFacts | None] = None
+
+    __repr__ = config_briefly
 
     @property
     def takes_variance(self) -> bool:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ldmkit import arguments
 from ldmkit.adapters import Adaptable, Adapters
+from ldmkit.briefly import fields_briefly
 from ldmkit.checkpoints.accounting import Accounting
 from ldmkit.checkpoints.filling import verify
 from ldmkit.checkpoints.formats import read_foreign
@@ -81,6 +82,8 @@ class PipelineOutput:
     state: RunState
     trajectory: Trajectory | None = None
 
+    __repr__ = fields_briefly
+
 
 class Pipeline(Adaptable):
     """An autoencoder, a denoiser, a conditioner and a sampler, composed.
@@ -142,6 +145,13 @@ class Pipeline(Adaptable):
         self.eval()
 
     # ------------------------------------------------------------------------------------------------------------ housekeeping
+
+    def __repr__(self) -> str:
+        parts = (self.autoencoder, self.denoiser, self.conditioner)
+        names = ", ".join("None" if part is None else type(part).__name__ for part in parts)
+        dtype = str(self.dtype).removeprefix("torch.")
+        predicts = self.prediction.config.type
+        return f"Pipeline({names}, {self.sampler!r}, {self.schedule!r}, predicts {predicts}; {dtype} on {self.device})"
 
     @property
     def sampler(self) -> Sampler:

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 import ldmkit.config
+from ldmkit.briefly import config_briefly
 from ldmkit.denoised import Denoised
 from ldmkit.errors import ConfigError
 from ldmkit.interfaces import Condition, Denoiser, Level, Levels
@@ -53,6 +54,8 @@ class Prediction:
                     f"sigma_data = {self.sigma_data} and type {self.type!r}: 'edm' needs it, and only 'edm' (usual: 0.5)"
                 )
             return self
+
+    __repr__ = config_briefly
 
     def __init__(self, config: Prediction.Config | None = None) -> None:
         self.config = config or Prediction.Config()

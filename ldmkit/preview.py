@@ -38,7 +38,7 @@ class Preview:
         target: a PNG file, written anew (atomically) each time, all pictures of the batch in one sheet; or a function that is
             given the pictures and the number of steps done.
         decoder: an autoencoder of the same latents, usually TAESD. None = the pipeline's own, which is as slow as it is.
-        every: steps from one picture to the next. The last one is always shown.
+        every: steps from one picture to the next. The finished one is always shown.
 
     Raises:
         InputError: for an `every` below 1, or a file that is no PNG.

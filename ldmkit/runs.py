@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ldmkit.briefly import fields_briefly
 from ldmkit.checkpoints.files import write_bytes
 from ldmkit.errors import CheckpointError, ConfigError, InputError, InputTypeError
 from ldmkit.interfaces import Denoise, Level, Levels, Sampler, SamplerState
@@ -35,6 +36,8 @@ class Trajectory:
     states: tuple[SamplerState, ...]
     sampler: Sampler
     guided: Callable[[], Denoise]
+
+    __repr__ = fields_briefly
 
     @property
     def levels(self) -> Levels:
@@ -94,6 +97,8 @@ class RunState:
     seed: int | list[int] | None
     first_image: int
     sampler: dict[str, Any]
+
+    __repr__ = fields_briefly
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file, atomically, with everything that is no tensor as JSON in its metadata.

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 import ldmkit.config
+from ldmkit.briefly import config_briefly
 from ldmkit.errors import InputError
 from ldmkit.interfaces import Level
 
@@ -27,6 +28,8 @@ class Schedule(ABC):
     config: Any
     timestep_spacing: Spacing
     """The rule for a run's times, unless its sampler has another."""
+
+    __repr__ = config_briefly
 
     def __init__(self, config: Any = None) -> None:
         self.config = config or self.Config()

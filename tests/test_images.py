@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.images import to_mask, to_pixels
@@ -25,6 +26,15 @@ def test_bytes_are_bytes_in_arrays_tensors_and_pil() -> None:
     mask = np.array([[0, 255], [127, 128]], np.uint8)
     for plane in (mask, torch.from_numpy(mask), Image.fromarray(mask), mask >= 128):
         assert to_mask(plane, size=(2, 2)).flatten().tolist() == [0, 1, 0, 1]
+
+
+def test_arrays_that_are_views_of_pictures_are_taken_without_a_word() -> None:
+    grey = np.asarray(Image.new("RGB", (4, 4), (255, 255, 255)))
+    assert not grey.flags.writeable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert to_pixels(grey, channels=3).eq(1).all()
+        assert to_mask(grey[..., 0], size=(4, 4)).eq(1).all()
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
@@ -45,6 +55,21 @@ def test_pil_images_without_a_known_white_are_refused(mode: str) -> None:
 def test_a_mask_of_bytes_0_and_1_is_refused(mask: Any) -> None:
     with pytest.raises(InputError, match="goes from 0 to 1, but white is 255 there"):
         to_mask(mask, size=(4, 4))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_lie_on_white_and_masks_say_what_they_mean(mode: str) -> None:
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 2))  # black, and seen through above
+    image = image.convert(mode)
+    assert to_pixels(image, channels=3)[0, :, :, 0].tolist() == [[1, 1, -1, -1]] * 3
+    assert to_pixels(image, channels=1)[0, 0, :, 0].tolist() == [1, 1, -1, -1]
+    with pytest.raises(InputError, match=r"transparent in places may mean either; .*getchannel\('A'\)"):
+        to_mask(image, size=(4, 4))
+    opaque = Image.new("RGBA", (4, 4), "white").convert(mode)
+    assert to_mask(opaque, size=(4, 4)).all()
+    if mode != "P":  # what the message says
+        assert to_mask(ImageOps.invert(image.getchannel("A")), size=(4, 4))[0, 0, :, 0].tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("nothing", [[], np.zeros((0, 4, 4, 3)), torch.zeros(0, 3, 4, 4)])
