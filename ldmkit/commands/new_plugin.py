@@ -71,13 +71,14 @@ def _words(name: str, kind: str) -> dict[str, str]:
     if keyword.iskeyword(package) or package in sys.stdlib_module_names or importlib.util.find_spec(package) is not None:
         raise InputError(f"plugin name {name!r}: a module {package!r} exists already; choose another name")
     _check_free(part, kind)
+    cls = "".join(word.capitalize() for word in part.removesuffix(f"-{kind}").split("-")) + kind.capitalize()
     return {
         "dist": name,
         "package": package,
         "part": part,
         "kind": kind,
         "module": kind,
-        "cls": "".join(word.capitalize() for word in part.removesuffix(f"-{kind}").split("-")) + kind.capitalize(),
+        "cls": cls if cls.isidentifier() else f"Ldmkit{cls}",  # ldmkit-2x
         "api": f">={API_VERSION[0]}.{API_VERSION[1]},<{API_VERSION[0] + 1}",
         "ldmkit": __version__,
         "year": str(datetime.date.today().year),

@@ -56,7 +56,7 @@ def test_every_kind_of_new_plugin_works(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["z", "ldmkit-a-name-as-long-as-names-may-be-xx"])
+@pytest.mark.parametrize("name", ["z", "ldmkit-2x", "ldmkit-a-name-as-long-as-names-may-be-xx"])
 def test_what_is_written_is_clean(kind, name, tmp_path):
     source = write_plugin(name, kind, into=tmp_path)
     for command in (("check", "."), ("format", "--check", ".")):

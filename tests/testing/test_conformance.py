@@ -103,6 +103,14 @@ def test_laws_of_an_adaptive_sampler_need_its_measured_at():
     assert all("`measured_at` does not say" in row.reason for row in report)
 
 
+def test_what_does_not_apply_to_a_kernel_says_why():
+    kernel = conformance.kernel("geglu", backend="reference")
+    assert str(kernel) == "kernel geglu, reference"
+    rows = conformance.check(kernel, only=["CUDA graph replay", "another stream", "second device"]).rows
+    assert len(rows) == 3
+    assert all(row.reason for row in rows if row.verdict == "not applicable")
+
+
 def test_wrong_subjects():
     with pytest.raises(InputError, match=r"'pipeline' is none of .*; for pipelines and kernels, use conformance\.pipeline"):
         conformance.subject("pipeline", "emoji")

@@ -10,7 +10,7 @@ from ldmkit.testing import contract
 from ldmkit.testing.conformance.report import Row
 from ldmkit.testing.contract.run import PROFILES
 from ldmkit.testing.contract.run import try_property as try_line
-from ldmkit.testing.verdicts import ABSENT, FAILED, PASSED
+from ldmkit.testing.verdicts import ABSENT, FAILED, NEEDS_GPU, PASSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,9 @@ class Kernel:
 
     kind = "kernel"
 
+    def __str__(self) -> str:
+        return f"kernel {self.name}"
+
     @property
     def name(self) -> str:
         """As reports show it."""
@@ -46,11 +49,12 @@ def try_kernel(prop: contract.Property, kernel: Kernel) -> Row:
     """One row of the report."""
     subject = contract.subject_of(kernel.op, kernel.function, backend=kernel.backend, thorough=kernel.profile == "thorough")
     row = try_line(prop, subject, PROFILES[kernel.profile])
+    reason = ": ".join(filter(None, (NEEDS_GPU, row.reason))) if row.verdict == NEEDS_GPU else row.reason
     return Row(
         name=row.name,
         expected=" ".join((prop.check.__doc__ or "").split()),
         source=f"ldmkit.testing.contract, line {row.number}",
         verdict=row.verdict if row.verdict in (PASSED, FAILED) else ABSENT,
         cases=row.cases,
-        reason=row.reason + (f"\n  {row.example}" if row.example else ""),
+        reason=reason + (f"\n  {row.example}" if row.example else ""),
     )
