@@ -107,6 +107,8 @@ def refused(
     """
     if prompt is not None and embeds is not None:
         raise InputError("negative_prompt and negative_prompt_embeds were both given; give one of them")
+    if conditioner is None and prompt is not None:
+        raise InputError("negative_prompt was given, but this pipeline has no conditioner")
     scale = given.scale
     if scale <= 1 and len(positive.terms()[0]) == 1 and (prompt is not None or embeds is not None):
         if given.told is not None:
@@ -124,8 +126,6 @@ def refused(
             embeds = embeds.repeat(wanted) if isinstance(embeds, Condition) else embeds.repeat_interleave(wanted, dim=0)
         return Asked(embeds=embeds)
     if conditioner is None:
-        if prompt is not None:
-            raise InputError("negative_prompt was given, but this pipeline has no conditioner")
         if positive.embeds is not None and scale > 1:
             raise InputError(
                 f"guidance (guidance_scale = {scale:g}) of prompt_embeds without a conditioner needs negative_prompt_embeds"
@@ -193,10 +193,11 @@ def guidance(defaults: Any, denoiser: Denoiser, *, guided: bool, told: Mapping[s
     off = not guided or distilled or scale <= 1
     if "guidance_scale" in given and scale > 1 and not (guided or distilled):
         raise InputError(
-            f"guidance_scale = {scale:g} has no effect: this pipeline is unconditional; leave it out (or pag_scale=)"
+            f"guidance_scale = {scale:g} has no effect: this pipeline is unconditional; leave it out, or take pag_scale="
         )
     if off and pag_scale == 0:
-        why = "the denoiser is told the scale" if distilled else f"there is no guidance (guidance_scale = {scale:g})"
+        why = f"there is no guidance (guidance_scale = {scale:g})" if guided else "this pipeline is unconditional"
+        why = "the denoiser is told the scale" if distilled else why
         for name in ("guidance_rescale", "guidance_interval"):
             if given.get(name):
                 raise InputError(f"{name} = {given[name]!r} has no effect where {why}; leave it out")
@@ -266,7 +267,12 @@ def conditioner_options(conditioner: Conditioner | None, embeds: Any, *, prefix:
     given = {name: plain(value) for name, value in told.items() if value is not None}
     for name, value in given.items():
         if not takes(conditioner, name):
-            raise InputError(f"{prefix}{name} = {value!r} was given, but {type(conditioner).__name__} does not take it")
+            who = (
+                "this pipeline has no conditioner that could"
+                if conditioner is None
+                else f"{type(conditioner).__name__} does not"
+            )
+            raise InputError(f"{prefix}{name} = {value!r} was given, but {who} take it")
         if embeds is not None:
             raise InputError(
                 f"{prefix}{name} = {value!r} was given with {prefix}prompt_embeds, which are encoded already; leave it out"

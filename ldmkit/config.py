@@ -46,6 +46,8 @@ class Config(BaseModel):
             ConfigError: naming each offending key, its value, and what is allowed there.
         """
         owner = owner or cls.__qualname__.removesuffix(".Config")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{owner}: expected a mapping of settings, got {values!r}")
         try:
             text = json.dumps(dict(values), default=_plain)
         except (TypeError, ValueError) as error:

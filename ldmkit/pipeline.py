@@ -218,6 +218,8 @@ class Pipeline(Adaptable):
             InputError: for another format, or with LoRA adapters that are not fused.
         """
         self._check_savable()
+        if max_shard_size is not None:
+            max_shard_size = arguments.count("max_shard_size (bytes)", max_shard_size)
         self._verify()
         parts: dict[str, Part | None] = {
             "autoencoder": self.autoencoder,

@@ -96,6 +96,7 @@ def test_the_strategy_changes_every_field(field: str) -> None:
         ({"inner": {"width": 6}}, r"inner\.width = 6: Input should be a multiple of 4"),
         ({"channels": 2}, "Outer: .*3 multipliers for 2 channels"),
         ({"channels": object()}, "holds a value that is not JSON: <object object"),
+        (5, "Outer: expected a mapping of settings, got 5"),
         # keys
         ({"chanels": 8}, r"unknown key 'chanels' \(= 8\); did you mean 'channels'\?"),
         ({"zzz": 8}, "unknown key 'zzz' .*known keys: bias, blocks, channels, dropout"),

@@ -485,6 +485,28 @@ def test_nan_names_the_part_and_the_step(tmp_path: Path) -> None:
         pipe("a pear")
 
 
+def test_an_unconditional_pipeline_says_that_it_is(recwarn: pytest.WarningsRecorder) -> None:
+    unet = {"block_out_channels": [8], "layers_per_block": 1, "transformer_layers_per_block": [0], "norm_num_groups": 4}
+    denoiser = {"name": "unet", "in_channels": 3, "out_channels": 3, "cross_attention_dim": None, **unet}
+    pipe = Pipeline(autoencoder={"name": "identity", "channels": 3}, denoiser=denoiser, defaults={"height": 8, "width": 8})
+    for options, message in (
+        ({"guidance_rescale": 0.5}, "no effect where this pipeline is unconditional"),
+        ({"guidance_scale": 3.0}, "unconditional; leave it out, or take pag_scale="),
+        ({"clip_skip": 1}, "clip_skip = 1 was given, but this pipeline has no conditioner that could take it"),
+        ({"negative_prompt": "a"}, "negative_prompt was given, but this pipeline has no conditioner"),
+        ({"prompt": "a"}, "it is unconditional"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipe(**options)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("size", ["5GB", 0])
+def test_shards_have_a_number_of_bytes(pipe: Pipeline, tmp_path: Path, size: Any) -> None:
+    with pytest.raises(InputError, match=rf"max_shard_size \(bytes\) = {size!r}: must be a whole number of at least 1"):
+        pipe.save_pretrained(tmp_path / "saved", max_shard_size=size)
+
+
 def test_parts_that_do_not_fit(pipe: Pipeline) -> None:
     with pytest.raises(UnknownPartError, match="did you mean 'euler'"):
         pipe.sampler = "eular"
