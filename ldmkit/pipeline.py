@@ -8,10 +8,9 @@ from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,25 +26,20 @@ from ldmkit.checkpoints.single_file import read_single_file
 from ldmkit.checkpoints.writing_folders import write_folder
 from ldmkit.config import Config
 from ldmkit.conjunction import And
-from ldmkit.continuous import make_schedule
 from ldmkit.errors import ConfigError, InputError, InputTypeError, NumericalError
 from ldmkit.guidance.classifier import Classifier
 from ldmkit.guidance.combination import has_negative_share
 from ldmkit.images import OutputType, from_pixels
 from ldmkit.interfaces import Autoencoder, Condition, Conditioner, Denoise, Denoiser, Part, Sampler, SamplerState
 from ldmkit.noise import NoiseSource, StepNoise
-from ldmkit.plugin.registry import build, registry
+from ldmkit.plugin.registry import registry
 from ldmkit.prediction import Model, Prediction
 from ldmkit.runs import RunState, Trajectory, describe, rejoin, resumed
 from ldmkit.schedule import Schedule
+from ldmkit.settings import Defaults, PartLike, Settings, as_config, as_part, built
 from ldmkit.stages import ended, go_on, steps_before
 from ldmkit.tasks import Run, Task, like_weights, prepare_task
 from ldmkit.upscaling import Upscaling, prepare_upscaling
-
-C = TypeVar("C", bound=Config)
-
-PartLike = Any
-"""An instance of a part, a registered name, or a mapping {"name": ..., **config}."""
 
 Callback = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
 """Called after each step with (pipe, step, timestep, {"latents": ..., "denoised": ..., "state": a RunState}). May return
@@ -54,16 +48,6 @@ Callback = Callable[["Pipeline", int, float, dict[str, Any]], Mapping[str, Any] 
 
 
 OVERFLOW = "in float16 this is usually an overflow: try dtype=torch.bfloat16 or float32"
-
-
-class Defaults(Config):
-    """What a call uses for arguments that it does not give. Sizes in pixels; None = the caller must say."""
-
-    height: int | None = Field(None, ge=1)
-    width: int | None = Field(None, ge=1)
-    num_inference_steps: int = Field(50, ge=1)
-    guidance_scale: float = Field(7.5, ge=0)
-    guidance_rescale: float = Field(0.0, ge=0, le=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +69,7 @@ class PipelineOutput:
     __repr__ = fields_briefly
 
 
-class Pipeline(Adaptable):
+class Pipeline(Adaptable, Settings):
     """An autoencoder, a denoiser, a conditioner and a sampler, composed.
 
     Example:
@@ -119,18 +103,12 @@ class Pipeline(Adaptable):
         defaults: Defaults | Mapping[str, Any] | None = None,
         upscaling: Upscaling | Mapping[str, Any] | None = None,
     ) -> None:
-        self.autoencoder: Autoencoder = _part("autoencoder", autoencoder, Autoencoder)
-        self.denoiser: Denoiser = _part("denoiser", denoiser, Denoiser)
-        self.conditioner: Conditioner | None = None if conditioner is None else _part("conditioner", conditioner, Conditioner)
+        self.autoencoder: Autoencoder = as_part("autoencoder", autoencoder, Autoencoder)
+        self.denoiser: Denoiser = as_part("denoiser", denoiser, Denoiser)
+        self.conditioner: Conditioner | None = None if conditioner is None else as_part("conditioner", conditioner, Conditioner)
         self.sampler = sampler
-        self.schedule = make_schedule(schedule)
-        if isinstance(prediction, str):
-            prediction = {"type": prediction}
-        self.prediction = (
-            prediction if isinstance(prediction, Prediction) else Prediction(_config(Prediction.Config, prediction))
-        )
-        self.defaults = _config(Defaults, defaults) or Defaults()
-        self.upscaling = _config(Upscaling, upscaling)
+        self.schedule, self.prediction, self.defaults = schedule, prediction, defaults
+        self.upscaling = as_config(Upscaling, upscaling)
         self.accounting: Mapping[str, Accounting] = {}
         self._adapters = Adapters()
         self._progress: dict[str, Any] = {}
@@ -152,15 +130,6 @@ class Pipeline(Adaptable):
         dtype = str(self.dtype).removeprefix("torch.")
         predicts = self.prediction.config.type
         return f"Pipeline({names}, {self.sampler!r}, {self.schedule!r}, predicts {predicts}; {dtype} on {self.device})"
-
-    @property
-    def sampler(self) -> Sampler:
-        """The sampler; assign an instance, a name or {"name": ..., **config} to swap it."""
-        return self._sampler
-
-    @sampler.setter
-    def sampler(self, value: PartLike) -> None:
-        self._sampler: Sampler = _part("sampler", value, Sampler)
 
     @property
     def device(self) -> torch.device:
@@ -457,7 +426,7 @@ class Pipeline(Adaptable):
             },
         )
         if guidance_method is not None:
-            guidance = dataclasses.replace(guidance, method=_built("guidance-method", guidance_method))
+            guidance = dataclasses.replace(guidance, method=built("guidance-method", guidance_method))
         copies = arguments.count("num_images_per_prompt", num_images_per_prompt)
         options = arguments.conditioner_options(
             self.conditioner,
@@ -661,27 +630,6 @@ def _wanted_dtype(dtype: DType | None, torch_dtype: DType | None) -> DType:
     if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
         raise InputError(f"dtype = {dtype} and torch_dtype = {torch_dtype} differ; give one of them")
     return dtype or torch_dtype or torch.float32
-
-
-def _config(cls: type[C], value: C | Mapping[str, Any] | None) -> C | None:
-    return value if value is None or isinstance(value, cls) else cls.parse(cast(Mapping[str, Any], value))
-
-
-def _built(kind: str, value: str | Mapping[str, Any]) -> Any:
-    if not isinstance(value, str | Mapping):
-        raise InputTypeError(f"{kind} must be a name or a mapping with 'name', got {type(value).__name__}")
-    config = {"name": value} if isinstance(value, str) else dict(value)
-    if "name" not in config:
-        raise ConfigError(f"{kind}: a mapping must have the key 'name', got {sorted(config)}")
-    return build(kind, config.pop("name"), **config)
-
-
-def _part(kind: str, value: PartLike, base: type) -> Any:
-    if isinstance(value, str | Mapping):
-        return _built(kind, value)
-    if not isinstance(value, base):
-        raise InputTypeError(f"{kind} must be a {base.__name__}, a name or a mapping with 'name', got {type(value).__name__}")
-    return value
 
 
 def _answer(answer: Any, tensors: Mapping[str, Any]) -> tuple[Tensor, bool]:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from ldmkit.config import Config
-from ldmkit.pipeline import Defaults
 from ldmkit.prediction import Prediction
 from ldmkit.schedule import NoiseSchedule
+from ldmkit.settings import Defaults
 
 
 def _named(spec: dict[str, Any]) -> dict[str, Any]:
