@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import struct
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 SPOILT = st.one_of(
     st.none(),
@@ -84,6 +88,54 @@ def json_mutants(draw: st.DrawFn, content: Any, values: st.SearchStrategy[Any] =
     else:
         place.insert(key, draw(values))
     return json.dumps(changed).encode()
+
+
+Change = tuple[str, str, Any]
+
+
+@st.composite
+def changes(draw: st.DrawFn, keys: Sequence[str], telling: str) -> list[Change]:
+    """One to three changes of tensors by key, for `changed`. Those whose key matches `telling` are changed more often."""
+    told = [key for key in keys if re.search(telling, key)]
+    return [_change(draw, draw(st.sampled_from(told) | st.sampled_from(keys))) for _ in range(draw(st.integers(1, 3)))]
+
+
+def _change(draw: st.DrawFn, key: str) -> Change:
+    how = draw(st.sampled_from(["called", "renumbered", "shaped", "shaped", "cast"]))
+    if how == "called":
+        return key, how, draw(st.sampled_from([None, "x", f"{key}.weight", key.rpartition(".")[0], key.partition(".")[2]]))
+    if how == "renumbered":
+        start, end = draw(st.sampled_from([match.span() for match in re.finditer(r"\d+|$", key)]))
+        return key, "called", key[:start] + draw(st.sampled_from(["0", "1", "2", "7", "9" * 10, "9" * 5000])) + key[end:]
+    if how == "shaped":
+        return key, how, draw(st.sampled_from(sorted(SHAPED)))
+    return key, how, draw(st.sampled_from([torch.int64, torch.bool, torch.float16, torch.complex64, torch.float64]))
+
+
+SHAPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "one row": lambda x: x.reshape(-1),
+    "a rank more": lambda x: x[None],
+    "axes reversed": lambda x: x.movedim(tuple(range(x.ndim)), tuple(reversed(range(x.ndim)))),
+    "one number": lambda x: x.reshape(-1)[0] if x.numel() else x.sum(),
+    "nothing": lambda x: x[:0] if x.ndim else x,
+    "the first": lambda x: x[:1] if x.ndim else x,
+    "thrice": lambda x: torch.cat([x, x, x]) if x.ndim else x,
+}
+
+
+def changed(tensors: Mapping[str, Tensor], by: Sequence[Change]) -> dict[str, Tensor]:
+    """The tensors after the changes; one whose key is gone already is left."""
+    result = dict(tensors)
+    for key, how, what in by:
+        if key not in result:
+            continue
+        if how == "called":
+            tensor = result.pop(key)
+            result |= {} if what is None else {what: tensor}
+        else:
+            tensor = result[key].real if result[key].is_complex() else result[key]
+            result[key] = tensor.to(what) if how == "cast" else SHAPED[what](tensor)
+    return {key: tensor.contiguous().clone() for key, tensor in result.items()}
 
 
 def _places(content: Any) -> Any:

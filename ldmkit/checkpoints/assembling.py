@@ -118,7 +118,11 @@ def prepare(
             if reason is not None:
                 ignored[key] = reason
                 continue
-            for ours, made in _renamed(key, tensor, source.names, reading.names.get(name, IDENTITY)).items():
+            try:
+                renamed = _renamed(key, tensor, source.names, reading.names.get(name, IDENTITY))
+            except CheckpointError as error:
+                raise CheckpointError(f"{where}: {error}") from None
+            for ours, made in renamed.items():
                 if ours in tensors:
                     raise CheckpointError(f"{where}: {origins[ours]} and {key} are both {ours} of {cls.__name__}")
                 tensors[ours], origins[ours] = made, key

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldmkit.checkpoints.folders import SUPER_RESOLUTION_DEFAULTS, UPSCALER_DEFAULTS, UPSCALER_SCALING
 from ldmkit.checkpoints.found import Found
 from ldmkit.checkpoints.schedulers import read_scheduler
-from ldmkit.errors import ConfigError, InputError
+from ldmkit.errors import CheckpointError, ConfigError, InputError
 
 ORIGINALS = ("ldm", "ldm-class", "ldm-sr")
 """Families whose models differ in betas."""
@@ -39,10 +39,12 @@ def family_of(found: list[Found]) -> str:
     return "sd2" if names["text_encoder"].config["hidden_act"] == "gelu" else "sd1"
 
 
-def scaling_of(family: str, tensors: Mapping[str, Tensor]) -> float:
-    """Latents' scale: stored in the latent-diffusion originals, published for the others."""
+def scaling_of(family: str, tensors: Mapping[str, Tensor], path: Path) -> float:
+    """Latents' scale: stored in the latent-diffusion originals, published for the others. Raises: CheckpointError."""
     stored = tensors.get("scale_factor")
-    if stored is not None and stored.numel() == 1:
+    if stored is not None and (stored.numel() != 1 or stored.is_complex()):
+        raise CheckpointError(f"{path}: scale_factor must be one number, and is {tuple(stored.shape)} of {stored.dtype}")
+    if stored is not None:
         return float(stored)
     return {"xl": 0.13025, "x4": UPSCALER_SCALING, **dict.fromkeys(ORIGINALS, 1.0)}.get(family, 0.18215)
 
@@ -115,13 +117,16 @@ def _schedule(family: str, tensors: Mapping[str, Tensor], given: Mapping[str, An
 
 def _line(stored: Tensor) -> dict[str, Any] | None:
     """The settings that betas were made by; None for those of neither a linear nor a scaled linear schedule."""
+    if stored.ndim != 1 or len(stored) < 2 or stored.is_complex():
+        return None
     betas = stored.double().numpy()
-    steps = len(betas) if betas.ndim == 1 else 0
+    if not 0 < betas[0] <= betas[-1] < 1:
+        return None
     for name, power in (("scaled_linear", 0.5), ("linear", 1.0)):
-        line = np.linspace(betas[0] ** power, betas[-1] ** power, steps) ** (1 / power) if steps > 1 and betas[0] > 0 else None
-        if line is not None and np.allclose(line, betas, rtol=1e-5, atol=0):  # float32 roundings of the same line
+        line = np.linspace(betas[0] ** power, betas[-1] ** power, len(betas)) ** (1 / power)
+        if np.allclose(line, betas, rtol=1e-5, atol=0):  # float32 roundings of the same line
             ends = {"beta_start": _short(betas[0]), "beta_end": _short(betas[-1])}
-            return {**ends, "beta_schedule": name, "num_train_timesteps": steps}
+            return {**ends, "beta_schedule": name, "num_train_timesteps": len(betas)}
     return None
 
 

@@ -51,7 +51,8 @@ def fill(
 
     Raises:
         ArchitectureMismatchError: with every key that does not fit.
-        CheckpointError: for weights that `dtype` cannot hold, or that are NaN or infinite on another device.
+        CheckpointError: for weights that are no floating-point numbers, that `dtype` cannot hold, or that are NaN or infinite
+            on another device.
     """
     accounting.check()
     wanted = _stored_dtype(tensors, accounting.source) if dtype == "auto" else dtype
@@ -71,6 +72,8 @@ def fill(
                 stored = stored.clone()
             taken.add(stored.data_ptr())
             what = f"{accounting.source}: {accounting.mapped[key]}"
+            if place.is_floating_point() and not stored.is_floating_point():
+                raise CheckpointError(f"{what} is stored in {stored.dtype}, and weights are floating-point numbers")
             filled[key] = _converted(stored, wanted, device)
             if _keeps_finite(stored, filled[key]):
                 unseen.append((stored, what))

@@ -40,9 +40,16 @@ def below(shapes: Shapes, prefix: str) -> Shapes:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """One more than the highest number that the pattern's group matches, 0 if none."""
-    numbers = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
-    return max(numbers, default=-1) + 1
+    """One more than the highest number that the pattern's group matches, 0 if none.
+
+    Raises:
+        ArchitectureMismatchError: for more than there are keys: each that is counted has one at least.
+    """
+    numbers = [(len(match[1]), match[1], key) for key in shapes if (match := re.match(pattern, key))]
+    _, highest, key = max(numbers, default=(0, "-1", ""))
+    if len(highest) > 9 or int(highest) >= len(shapes):
+        raise ArchitectureMismatchError(f"{key[:200]} has a number above that of all keys, {len(shapes)}; the file is damaged")
+    return int(highest) + 1
 
 
 def shape_of(shapes: Shapes, key: str, what: str) -> tuple[int, ...]:

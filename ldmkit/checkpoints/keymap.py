@@ -34,17 +34,18 @@ class Rule:
     def take(self, whole: Tensor) -> Tensor:
         """Their tensor => ours, a view wherever strides allow one."""
         if self.pieces > 1:
-            rows = whole.shape[0] // self.pieces
+            total = whole.shape[0] if whole.ndim else 0
+            rows = total // self.pieces
             block = self.block or rows
-            if rows * self.pieces != whole.shape[0] or rows % block:
+            if not rows or rows * self.pieces != total or rows % block:
                 raise CheckpointError(
-                    f"{self.theirs} has {whole.shape[0]} rows, which are not {self.pieces} equal pieces in blocks of {block}"
+                    f"{self.theirs} has {total} rows, which are not {self.pieces} equal pieces in blocks of {block}"
                 )
             parts = whole.unflatten(0, (rows // block, self.pieces, block))[:, self.piece]
             whole = parts[0] if rows == block else parts.flatten(0, 1)
         if self.axes and whole.ndim == 2 + self.axes and set(whole.shape[2:]) == {1}:
             whole = whole.flatten(1)
-        return whole.t() if self.transposed else whole
+        return whole.t() if self.transposed and whole.ndim == 2 else whole  # of another rank, it fits nowhere
 
     def give(self, pieces: list[Tensor]) -> Tensor:
         """Our tensors (all pieces, in order) => theirs."""

@@ -8,7 +8,7 @@ from ldmkit.checkpoints.compvis import clip_map, ldm_bert_map, open_clip_map, va
 from ldmkit.checkpoints.found import Found, Shapes, Told, below, count, shape_of
 from ldmkit.checkpoints.keymap import KeyMap, Rule
 from ldmkit.checkpoints.recognise_unet import UNET, unet
-from ldmkit.errors import ArchitectureMismatchError
+from ldmkit.errors import ArchitectureMismatchError, LdmkitError
 
 VAE = "first_stage_model"
 TABLES = (
@@ -35,6 +35,18 @@ def recognise(shapes: Shapes, told: Told = lambda name: {}) -> list[Found]:
         ArchitectureMismatchError: for keys that are no single file's, or of an architecture that is not known here.
         ConfigError: where what is told cannot be.
     """
+    try:
+        return _recognise(shapes, told)
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LdmkitError):
+            raise
+        raise ArchitectureMismatchError(
+            f"a weight by which the architecture would be recognised is missing or of an odd shape ({error!r}); the file is "
+            "damaged, or of an architecture that is not known here"
+        ) from error
+
+
+def _recognise(shapes: Shapes, told: Told) -> list[Found]:
     found = []
     if any(key.startswith(f"{UNET}.") for key in shapes):
         found.append(unet(below(shapes, UNET), told("unet")))

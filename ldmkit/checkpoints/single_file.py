@@ -59,7 +59,7 @@ def read_single_file(
     family = family_of(found)
     for component in found:
         if component.name == "vae":
-            component.config.setdefault("scaling_factor", scaling_of(family, tensors))
+            component.config.setdefault("scaling_factor", scaling_of(family, tensors, path))
     arguments: dict[str, Any] = {"accounting": {}, "conditioner": None}
     arguments |= settings_of(family, tensors, _override(config, "scheduler"), given, path)
     arguments["accounting"]["file"] = _account_for_the_rest(tensors, found, given, str(path), strict=strict)

@@ -19,19 +19,24 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from ldmkit import Pipeline
+from ldmkit.checkpoints.compvis import ldm_bert_map, unet_map, vae_map
 from ldmkit.checkpoints.container import SafetensorsFile
 from ldmkit.checkpoints.inspecting import inspect
 from ldmkit.checkpoints.lora import pairs_of
 from ldmkit.checkpoints.lora_files import read_lora
 from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.checkpoints.pickles import read_pickle
+from ldmkit.checkpoints.recognise import VAE
+from ldmkit.checkpoints.recognise_unet import UNET
 from ldmkit.checkpoints.textual_inversion import read_textual_inversion
 from ldmkit.checkpoints.weights import read_weights
 from ldmkit.errors import LdmkitError
-from tests.checkpoint_peers import stable_diffusion
+from tests.checkpoint_peers import stable_diffusion, write_tokenizer
 from tests.checkpoints.test_lora import draw, kohya
+from tests.checkpoints.test_single_file import CONFIG, compvis
 from tests.conditions import tiny_pipeline
-from tests.mutants import SPOILT, Spoilt, bytes_mutants, json_mutants, safetensors_mutants
+from tests.ldm_peers import BERT, named, super_resolution, text_to_image, write_bert_tokenizer
+from tests.mutants import SPOILT, Spoilt, bytes_mutants, changed, changes, json_mutants, safetensors_mutants
 
 TENSORS = {
     "a.weight": torch.randn(3, 4),
@@ -79,6 +84,30 @@ def survives(path: Path, content: bytes, read: Callable[[Path], dict[str, Tensor
         tensor.clone()
 
 
+TELLING = r"conv_in|conv_out|\.0\.0\.|out\.2|middle|label_emb|_emb|embed|qkv|^betas|^scale|quant|down\.\d\.block\.0"
+"""Keys by which single files are recognised."""
+
+
+def single_files(folder: Path) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Tensors under CompVis' names, and what shapes do not tell: Stable Diffusion, latent diffusion with BERT, faces."""
+    write_bert_tokenizer(write_tokenizer(folder / "tokenizer"))
+    sd, text, plain = stable_diffusion(folder / "tokens"), text_to_image(folder / "words"), super_resolution()
+    unet, groups = unet_map(levels=2, layers_per_block=2, attention=(True, False)).prefixed(UNET), {"norm_num_groups": 8}
+    faces = unet_map(levels=2, layers_per_block=2, attention=(False, True), plain_head_channels=[32, 32]).prefixed(UNET)
+    vae = {levels: vae_map(levels=levels, layers_per_block=2).prefixed(VAE) for levels in (3, 4)}
+    bert = (ldm_bert_map(layers=2).prefixed("cond_stage_model.transformer"), text.bert)
+    told = {"unet": {**groups, "attention_head_dim": 2}, "vae": {"norm_num_groups": 4}}
+    betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64).square().float()
+    return [
+        ({**compvis(sd), "betas": betas}, CONFIG),
+        (
+            {**named((unet, text.unet), (vae[4], text.vqvae), bert), "scale_factor": torch.tensor(0.18)},
+            {**told, "bert": {key: BERT[key] for key in ("encoder_attention_heads", "head_dim")}},
+        ),
+        ({**named((faces, plain.unet), (vae[3], plain.vqvae)), "betas": betas}, {"unet": groups, "vae": told["vae"]}),
+    ]
+
+
 class Files:
     """What is spoilt, made once."""
 
@@ -103,6 +132,7 @@ class Files:
         pairs = draw(self.layers, lambda name: name.endswith((".to_q", "conv_in", "q_proj")))
         told = {"lora_adapter_metadata": json.dumps({"unet.r": 3, "unet.alpha_pattern": {"to_q": 2}})}
         self.lora = save(kohya(pairs), metadata=told)
+        self.files = single_files(folder)
         self.words = save({"clip_l": torch.randn(2, 12), "clip_g": torch.randn(2, 20)})
 
 
@@ -152,6 +182,18 @@ def TestConfigs(data: st.DataObject, files: Files) -> None:
         warnings.simplefilter("ignore")
         with contextlib.suppress(LdmkitError):
             Pipeline.from_pretrained(root)
+
+
+@fuzzed(20, 500)
+def TestSingleFiles(data: st.DataObject, files: Files) -> None:
+    """Keys and shapes are what a single file is recognised by, also by `ldmkit inspect`."""
+    path = files.folder / "mutant.safetensors"
+    tensors, told = files.files[data.draw(st.integers(0, len(files.files) - 1))]
+    save_file(changed(tensors, data.draw(changes(sorted(tensors), TELLING))), path)
+    unless_refused(inspect, path)
+    pipe = unless_refused(lambda path: Pipeline.from_single_file(path, told), path)
+    for module in {} if pipe is None else pipe.modules.values():
+        assert not any(parameter.is_meta for parameter in module.parameters())
 
 
 @fuzzed(60, 3000)

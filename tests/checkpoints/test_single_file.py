@@ -15,8 +15,9 @@ from ldmkit import Pipeline, build
 from ldmkit.checkpoints.assembling import UnexpectedKeysWarning
 from ldmkit.checkpoints.compvis import clip_map, open_clip_map, unet_map, vae_map
 from ldmkit.checkpoints.tokenizers import PACKED, find_tokenizer
-from ldmkit.errors import ArchitectureMismatchError, CheckpointError, ConfigError, InputError
+from ldmkit.errors import ArchitectureMismatchError, CheckpointError, ConfigError, InputError, LdmkitError
 from tests.checkpoint_peers import latents, stable_diffusion, write_tokenizer
+from tests.mutants import Change, changed
 
 GROUPS = {"norm_num_groups": 8}
 CONFIG = {"unet": {**GROUPS, "attention_head_dim": 2}, "vae": GROUPS, "text_encoder": {"num_attention_heads": 2}}
@@ -252,3 +253,30 @@ def test_what_is_no_file_of_weights(tmp_path: Path) -> None:
     save_file({"encoder.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ArchitectureMismatchError, match=r"the first are encoder\.weight"):
         Pipeline.from_single_file(tmp_path / "x.safetensors")
+
+
+UNET = "model.diffusion_model"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ((f"{UNET}.input_blocks.0.0.weight", "shaped", "one number"), "missing or of an odd shape"),
+        ((f"{UNET}.middle_block.1.transformer_blocks.0.attn2.to_k.weight", "shaped", "one row"), "missing or of an odd shape"),
+        (
+            (f"{UNET}.input_blocks.1.0.in_layers.0.bias", "called", f"{UNET}.input_blocks.{'9' * 5000}.x"),
+            "a number above that of",
+        ),
+        ((f"{UNET}.out.2.weight", "cast", torch.int64), r"out\.2\.weight is stored in torch.int64"),
+        (("betas", "cast", torch.bool), "its betas follow neither"),
+        (("betas", "shaped", "nothing"), "its betas follow neither"),
+        (("betas", "called", "scale_factor"), r"scale_factor must be one number, and is \(1000,\)"),
+    ],
+)
+def test_odd_tensors_are_named(peer: Any, tmp_path: Path, change: Change, message: str) -> None:
+    write_tokenizer(tmp_path / "tokenizer")
+    file = tmp_path / "model.safetensors"
+    save_file(changed({**compvis(peer), "betas": clutter()["betas"]}, [change]), file)
+    with pytest.raises(LdmkitError, match=message) as error:
+        Pipeline.from_single_file(file, CONFIG)
+    assert str(file) in str(error.value)
