@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ldmkit import __version__
 from ldmkit.commands.table import table
 from ldmkit.errors import InputError, MissingDependencyError, PluginError
 from ldmkit.plugin.manager import CORE, Plugin, canonical
@@ -62,7 +63,9 @@ def check(what: str, *, examples: int, as_json: bool) -> int:
         rows = [(report.kind, report.name, report.summary()) for report in reports]
         print(table(("kind", "name", "properties"), rows), end="\n\n")
     if as_json:
-        plain = {"passed": passed, "reports": [report.as_dict() for report in reports], "without_suite": others}
+        versions = {plugin.distribution: plugin.version for plugin in plugins} | {"ldmkit": __version__}
+        plain = {"passed": passed, "versions": versions, "reports": [report.as_dict() for report in reports]}
+        plain |= {"without_suite": others}
         print(json.dumps(plain, indent=2))
     elif others:
         print(f"There is no suite for the {', the '.join(others)}.")

@@ -153,6 +153,8 @@ def test_what_there_is_no_suite_for_is_told(root, capfd):
 
 def test_a_plugin_of_the_gallery_passes_by_its_own_examples(root, capfd):
     assert main(["plugin", "check", str(root / "tests" / "example_plugins" / "bytes"), "--examples", "1", "--json"]) == 0
-    (report,) = json.loads(capfd.readouterr().out)["reports"]
+    told = json.loads(capfd.readouterr().out)
+    assert told["versions"] == {"ldmkit-example-bytes": "0.1.0", "ldmkit": ldmkit.__version__}
+    (report,) = told["reports"]
     assert report["name"] == "ldmkit-example-bytes:example-bytes"
     assert [row["name"] for row in report["rows"] if row["verdict"] != "passed"] == ["each picture's own sizes"]

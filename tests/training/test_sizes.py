@@ -1,9 +1,12 @@
 """Sizes and crops reach the conditioners that ask for them, and a tiny Stable Diffusion XL is trained by a recipe."""
 
+import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,12 +19,14 @@ import ldmkit
 from ldmkit import Condition, Conditioner, Pipeline
 from ldmkit.errors import DataError, InputTypeError
 from ldmkit.nn import sinusoidal_embedding
+from ldmkit.testing.accuracy import assert_as_accurate
 from ldmkit.training import Options, train_diffusion
 from ldmkit.training.data import Pictures, StoredPictures, _crop, open_pictures
 from ldmkit.training.diffusion import DiffusionStage
 from ldmkit.training.recipes import DataConfig
 from ldmkit.training.sizes import told
 from ldmkit.training.stage import Share
+from tests.checkpoints.test_sdxl import stable_diffusion_xl
 from tests.training.test_runs import bits, log
 from tests.training.toy import SIZE, UNET, stage_two
 
@@ -182,6 +187,45 @@ def test_sdxl_is_trained_and_resumes_to_the_same_bits(
     call: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "height": SIZE, "width": SIZE, "output_type": "pt"}
     small, large = (pipe("a cat", original_size=(n, n), **call).images for n in (8, 999))
     assert not torch.equal(small, large)
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_diffusers(pictures: Path, tmp_path: Path) -> None:
+    """Fine-tuning what diffusers saved, told the time ids that diffusers' script for SDXL gives: sizes, crop, target."""
+    peer = stable_diffusion_xl(tmp_path / "tokenizers")
+    peer.save_pretrained(tmp_path / "theirs")
+    saved = Pipeline.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    specs = {kind: json.loads((saved / kind / "part.json").read_text()) for kind in ("denoiser", "conditioner")}
+    recipe = stage_two(
+        pictures,
+        saved / "autoencoder",
+        data={"folder": str(pictures), "size": SIZE},
+        **{kind: {"name": spec["name"], **spec["config"]} for kind, spec in specs.items()},
+        **{f"{kind}_weights": str(saved / kind) for kind in specs},
+        freeze_conditioner=True,
+        guidance_dropout=0.0,
+        schedule={"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+        cache_dtype="float32",
+        preview=None,
+    )
+    stage = DiffusionStage(recipe, saved / "conditioner", Options(tmp_path), torch.device("cpu"))
+    for network in stage.networks.values():
+        network.eval()
+    x0, noise, t, captions, _ = batch = stage.batch(0, Share(0, 1))
+    ((_, ours, _),) = stage.losses(0, batch, torch.device("cpu"))
+
+    def theirs(pipe: Any, dtype: torch.dtype) -> Tensor:
+        text, _, pooled, _ = pipe.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
+        ids = torch.tensor([[*SIZES[i], *CORNERS[i], SIZE, SIZE] for i in stage._order(0).tolist()], dtype=dtype)
+        noisy = pipe.scheduler.add_noise(x0.to(dtype), noise.to(dtype), t)
+        told = {"text_embeds": pooled, "time_ids": ids}
+        out = pipe.unet(noisy, t, encoder_hidden_states=text, added_cond_kwargs=told).sample
+        return (out - noise).square().mean()
+
+    scheduler = diffusers.DDPMScheduler.from_config(peer.scheduler.config)
+    peer.scheduler = scheduler
+    wide = copy.deepcopy(peer).to(torch.float64)
+    assert_as_accurate(ours, theirs(peer, torch.float32), theirs(wide, torch.float64))
 
 
 def test_one_pair_for_all_is_one_for_each(config: dict[str, Any]) -> None:
