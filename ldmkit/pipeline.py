@@ -610,6 +610,7 @@ class Pipeline(Adaptable, Settings):
                 if not keep:
                     states.clear()
                 states.append(state)
+                bar.total = task.until or state.levels.num_steps  # known better now, where a sampler chooses its steps
                 bar.update()
         healthy.check()
         return states

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import threading
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_callbacks_see_every_step_and_may_change_the_latents(pipe: Pipeline) -> 
     assert torch.equal(seen[-1][2], final)
     zeros = latents_of(pipe, "a pear", callback_on_step_end=lambda p, i, t, x: {"latents": torch.zeros_like(x["latents"])})
     assert not zeros.any()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", {"name": "dpm-adaptive", "h_init": 2.0}])
+def test_the_progress_bar_ends_at_its_end(pipe: Pipeline, sampler: Any) -> None:
+    shown = io.StringIO()
+    pipe.sampler = sampler
+    pipe.set_progress_bar_config(file=shown)
+    try:
+        steps = pipe("a pear", seed=1, num_inference_steps=20).state.state.step
+    finally:
+        pipe.set_progress_bar_config(disable=True)
+        pipe.sampler = "ddim"
+    assert (steps == 20) == (sampler == "ddim")
+    assert re.search(rf"100%\|#+\| {steps}/{steps} \[", shown.getvalue())
 
 
 def test_eta_timesteps_and_sigmas(pipe: Pipeline) -> None:
