@@ -18,6 +18,8 @@ from ldmkit.commands.table import table
 from ldmkit.errors import InputError, MissingDependencyError, PluginError
 from ldmkit.plugin.manager import CORE, Plugin, canonical
 from ldmkit.plugin.registry import registry
+from ldmkit.plugin.spec import Extension
+from ldmkit.plugin.targets import load_target
 
 
 def check(what: str, *, examples: int, as_json: bool) -> int:
@@ -43,13 +45,13 @@ def check(what: str, *, examples: int, as_json: bool) -> int:
     dist, _, wanted = what.partition(":")
     plugins = _plugins(dist)
     subjects = [subject for plugin in plugins for subject in _offered(plugin, wanted, conformance)]
-    others = [f"{row.kind} {row.name!r}" for plugin in plugins for row in plugin.extensions if not wanted]
+    others = [] if wanted else [_loads(plugin, row) for plugin in plugins for row in plugin.extensions]
     if wanted and not subjects:
         names = [row.name for plugin in plugins for row in plugin.components]
         names += [row.backend for plugin in plugins for row in plugin.kernels]
         raise InputError(f"{dist} has no part or kernel backend {wanted!r}; it has {', '.join(names) or 'none'}")
     if not subjects:
-        held = f" (it offers the {', the '.join(others)}: its own tests hold them)" if others else ""
+        held = f" (it offers the {', the '.join(others)}, which can be loaded: its own tests hold them)" if others else ""
         raise PluginError(f"{what}: there is a suite for nothing in it{held}")
     reports = []
     for i, subject in enumerate(subjects, start=1):
@@ -68,7 +70,7 @@ def check(what: str, *, examples: int, as_json: bool) -> int:
         plain |= {"without_suite": others}
         print(json.dumps(plain, indent=2))
     elif others:
-        print(f"There is no suite for the {', the '.join(others)}.")
+        print(f"There is no suite for the {', the '.join(others)}, which can be loaded: its own tests hold them.")
     elif canonical(what) == CORE:
         print("Its kernels are tried by `ldmkit verify all`.")
     return 0 if passed else 1
@@ -96,6 +98,12 @@ def _offered(plugin: Plugin, wanted: str, conformance: Any) -> Iterator[Any]:
     for kernel in plugin.kernels:
         if wanted in ("", kernel.backend):
             yield conformance.kernel(kernel.op, backend=kernel.backend)
+
+
+def _loads(plugin: Plugin, row: Extension) -> str:
+    """What there is no suite for. Raises: PluginError where it cannot be imported, or is not what its hook demands."""
+    load_target(plugin, row)
+    return f"{row.kind} {row.name!r}"
 
 
 def _check_source(folder: Path, *, examples: int, as_json: bool) -> int:

@@ -73,6 +73,14 @@ def test_a_plugin_that_fails_is_told_with_its_line(site, monkeypatch, capsys):
     assert 'fake_ex_broken.py", line 3, in <module>' in told
 
 
+def test_what_there_is_no_suite_for_is_loaded(site, monkeypatch, capsys):
+    head = "from ldmkit.plugin.spec import DataSource, hookimpl\n@hookimpl\ndef ldmkit_data_sources():"
+    site.install("ex-data", f"{head} return [DataSource(name='mine', target='fake_ex_data:Sourse')]")
+    monkeypatch.setattr(module, "_registry", site.registry())
+    assert main(["plugin", "check", "ex-data"]) == 2
+    assert "the data-source 'mine' of ex-data 1.0 (entry point 'fake_ex_data') cannot be imported" in capsys.readouterr().err
+
+
 PART = """
 import ldmkit
 from ldmkit.plugin.spec import Component, Example, hookimpl

@@ -148,7 +148,9 @@ def test_what_cannot_be_checked(tmp_path, capsys):
 def test_what_there_is_no_suite_for_is_told(root, capfd):
     assert main(["plugin", "check", str(root / "tests" / "example_plugins" / "extras")]) == 2
     told = "ldmkit-example-extras: there is a suite for nothing in it (it offers the task 'variations', the checkpoint-format"
-    assert told in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert told in err
+    assert "which can be loaded: its own tests hold them" in err
 
 
 def test_a_plugin_of_the_gallery_passes_by_its_own_examples(root, capfd):
