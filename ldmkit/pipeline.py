@@ -338,12 +338,12 @@ class Pipeline(Adaptable, Settings):
         prompt_syntax: Literal["plain", "weighted"] | None = None,
         prompt_2: str | Sequence[str] | None = None,
         negative_prompt_2: str | Sequence[str] | None = None,
-        original_size: tuple[int, int] | None = None,
-        negative_original_size: tuple[int, int] | None = None,
-        crops_coords_top_left: tuple[int, int] | None = None,
-        negative_crops_coords_top_left: tuple[int, int] | None = None,
-        target_size: tuple[int, int] | None = None,
-        negative_target_size: tuple[int, int] | None = None,
+        original_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        negative_original_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        crops_coords_top_left: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        target_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
+        negative_target_size: tuple[int, int] | Sequence[tuple[int, int]] | None = None,
         aesthetic_score: float | None = None,
         negative_aesthetic_score: float | None = None,
         output_type: OutputType = "pil",
@@ -388,8 +388,9 @@ class Pipeline(Adaptable, Settings):
             clip_skip, prompt_syntax: for conditioners that take them. "weighted" reads `(word:1.3)`, `[word]`, BREAK, prompts
                 of any length, and "one AND other :0.5"; "plain" (the default) takes every character as it is.
             prompt_2, original_size, crops_coords_top_left, target_size, aesthetic_score: what Stable Diffusion XL is told
-                besides, see `sdxl-text`; sizes are (height, width) in pixels. With `negative_` before them, for what is not
-                wanted: sizes are those of what is, unless one is given; the text and the score (2.5) are its own.
+                besides, see `sdxl-text`; sizes are (height, width) in pixels, one or one for each prompt. With `negative_`
+                before them, for what is not wanted: sizes are those of what is, unless one is given; the text and the score
+                (2.5) are its own.
             output_type: "pil", "np" (B, H, W, C in [0, 1]), "pt" (B, C, H, W in [0, 1]) or "latent".
             return_trajectory: keep every step and its probability, as `trajectory` of the output.
             resume: go on from the `state` of an output or callback, or from a file it was saved to; noise is the saved run's,

@@ -10,6 +10,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ldmkit import InputError, Pipeline
+from ldmkit.nn import sinusoidal_embedding
 from ldmkit.testing.accuracy import assert_as_accurate
 from tests.checkpoint_peers import NEGATIVE, PROMPT, SD, clip_text_model, latents, write_tokenizer
 from tests.network_peers import UNETS, VAES, randomise
@@ -103,6 +104,18 @@ def test_drawn_as_by_diffusers_and_back(peer: Any, saved: Path, tmp_path: Path) 
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(drawn(Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "ours"))), drawn(pipe))
+
+
+@torch.no_grad()
+def test_each_prompt_may_have_its_own_sizes(saved: Path) -> None:
+    pipe = Pipeline.from_pretrained(saved)
+    pipe.set_progress_bar_config(disable=True)
+    seen: list[torch.Tensor] = []
+    pipe.denoiser.register_forward_pre_hook(lambda _, told: seen.append(told[2].vector_BC[:, 10:]))
+    call: dict[str, Any] = {"num_inference_steps": 1, "height": 16, "width": 24, "guidance_scale": 1.0, "output_type": "latent"}
+    pipe(["a", "b"], original_size=[(8, 9), (20, 24)], crops_coords_top_left=(3, 5), num_images_per_prompt=2, **call)
+    rows = torch.tensor([[8, 9, 3, 5, 16, 24]] * 2 + [[20, 24, 3, 5, 16, 24]] * 2)
+    assert torch.equal(seen[0], sinusoidal_embedding(rows.flatten(), 256).reshape(4, -1))
 
 
 @torch.no_grad()
