@@ -29,8 +29,11 @@ bench: $(VENV)/.installed-dev
 		OMP_NUM_THREADS=$$threads $(BIN)/python -m benchmarks.$$name --threads $$threads; done; done
 
 # All that takes a GPU: CUDA build, tests, `ldmkit verify`, compute-sanitizer, benchmarks. ARGS="--quick --minutes 10" for a short lease.
-gpu-check: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+# With PYTHON itself, and nothing installed, where that has a torch that sees a GPU and the packages the tests need.
+gpu-check:
+	@if $(PYTHON) -c 'import torch, pydantic, hypothesis, pytest; torch.zeros(1).cuda()' 2>/dev/null; \
+	then $(PYTHON) -m benchmarks.gpu_check $(ARGS); \
+	else $(MAKE) --no-print-directory $(VENV)/.installed-dev && $(BIN)/python -m benchmarks.gpu_check $(ARGS); fi
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Everything that takes a GPU, in one command: build, tests, the contract, the sanitizer, benchmarks; a short table last.
 
 A step that fails is shown, makes the exit code 1, and stops nothing that comes after it. Steps that passed are not run again
-until a source file changes (--fresh runs all), so that a lease that ends too early can go on where it stopped; --minutes ends
-one in time. Logs and state are in out/gpu-check, figures in benchmarks/results/gpu (with --quick in out/gpu).
+until a source file changes (--fresh runs all; the build always runs), so that a lease that ends too early can go on where it
+stopped; --minutes ends one in time. Logs and state are in out/gpu-check, figures in benchmarks/results/gpu (with --quick in
+out/gpu); all of it is written after every step, to --archive too, which unpacked in a fresh checkout goes on there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -20,8 +23,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,14 +33,23 @@ from benchmarks.common import RESULTS, ROOT
 
 FOLDER = ROOT / "out" / "gpu-check"
 PASSED, FAILED, TIMED_OUT, SKIPPED, KEPT, LATE = "passed", "failed", "timed out", "skipped", "passed before", "no time left"
-TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
+OPS = ("geglu", "group_norm_silu", "geglu_linear", "cross_attention")
+TOOLS = ("memcheck", "synccheck", "racecheck", "initcheck")
+TINY = """
+import sys
+from ldmkit.testing import contract
+report = contract.check(sys.argv[1], backend="cuda", only=[14], tiny=True)
+print(report.table())
+sys.exit(not report.passed)
+"""
+"""The contract's named sizes, small ones alone: a sanitizer slows kernels a hundredfold."""
 TAIL = 15
 """Lines of a failed step's log that are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A command. `skip` says why it cannot run here; exit codes in `fine` are no failure."""
+    """A command. `skip` says why it cannot run here; exit codes in `fine` are no failure; `always`: though it passed before."""
 
     name: str
     command: Sequence[str]
@@ -44,6 +57,7 @@ class Step:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     skip: str | None = None
     fine: tuple[int, ...] = (0,)
+    always: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,33 +78,59 @@ class Outcome:
 
 
 def steps(*, quick: bool) -> list[Step]:
-    """All of them, in order: what others need comes first."""
+    """All of them, in the order of what they are worth. Each is small: a fault of the device spoils the rest of its process."""
     python, hurry = sys.executable, ["--quick"] if quick else []
-    verify = [python, "-m", "ldmkit.cli", "verify", "all", "--backend"]
-    kernel_tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_*triton*.py"))
-    sanitizer = shutil.which("compute-sanitizer")
-    lacking = None if sanitizer else "compute-sanitizer is not on PATH"
-    only = ["--only", "14", *([] if quick else ["--only", "11"])]
+    pytest = [python, "-m", "pytest", "-q", *workers()]
+    kernel_tests = sorted(path.relative_to(ROOT) for path in (ROOT / "tests" / "kernels").glob("test_*triton*.py"))
     return [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], 400, {"LDMKIT_BUILD": "cuda"}),
-        Step("tests that need a GPU", [python, "-m", "pytest", "-q", "-m", "gpu"], 300, fine=(0, 5)),  # 5: none is collected
-        Step("tests of Triton kernels", [python, "-m", "pytest", "-q", *kernel_tests], 300),
-        *(Step(f"verify {backend}", [*verify, backend], 300) for backend in ("triton", "cuda")),
-        *(
-            Step(
-                f"sanitizer: {tool}",
-                [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *verify, "cuda", *only],
-                120 if quick else 600,
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that out of bounds of a tensor is out of bounds of an allocation
-                skip=lacking,
-            )
-            for tool in TOOLS
+        Step(
+            "build", [python, "setup.py", *registration(), "build_ext", "--inplace"], 400, {"LDMKIT_BUILD": "cuda"}, always=True
         ),
+        *(Step(f"verify cuda {op}", [*verify(op), "cuda"], 200) for op in OPS),
+        *(Step(f"verify triton {op}", [*verify(op), "triton"], 400) for op in OPS),
+        Step("tests that need a GPU", [*pytest, "-m", "gpu", "tests/kernels"], 300, fine=(0, 5)),  # 5: none is collected
+        *(Step(f"tests: {path.stem}", [*pytest, str(path)], 400) for path in kernel_tests),
         *(
-            Step(f"benchmark: {' '.join(call)}", [python, "-m", f"benchmarks.{call[0]}", *call[1:], *hurry], 300)
+            Step(f"benchmark: {' '.join(call)}", [python, "-m", f"benchmarks.{call[0]}", *call[1:], *hurry], 400)
             for call in benchmarks()
         ),
+        *(sanitized(tool, op, quick=quick) for tool in TOOLS for op in OPS),
     ]
+
+
+def verify(op: str) -> list[str]:
+    """The command that checks an op against the contract, but for its backend."""
+    return [sys.executable, "-m", "ldmkit.cli", "verify", op, "--backend"]
+
+
+def sanitized(tool: str, op: str, *, quick: bool) -> Step:
+    """An op's CUDA kernels under a tool of compute-sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer")
+    # torch's own kernels are left alone, but for initcheck, which must see who writes.
+    command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+    command += [] if tool == "initcheck" else ["--kernel-name", "kns=ldmkit"]
+    called = [sys.executable, "-c", TINY, op] if quick else [*verify(op), "cuda", "--only", "14", "--only", "11"]
+    return Step(
+        f"sanitizer: {tool} {op}",
+        [*command, *called],
+        120 if quick else 580,
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that out of bounds of a tensor is out of bounds of an allocation
+        skip=None if sanitizer else "compute-sanitizer is not on PATH",
+    )
+
+
+def workers() -> list[str]:
+    """pytest's option for several processes, where it has one: most of the time is the compiling of Triton's kernels."""
+    return ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+
+
+def registration() -> list[str]:
+    """What setup.py is told beside, in a checkout that is not installed: its plugins are found by the metadata this writes."""
+    try:
+        importlib.metadata.version("ldmkit")
+    except importlib.metadata.PackageNotFoundError:
+        return ["egg_info"]
+    return []
 
 
 def benchmarks() -> list[list[str]]:
@@ -142,14 +182,22 @@ def _exit_code(step: Step, environment: dict[str, str], out: TextIO) -> int | No
         process.wait()
 
 
-def run_all(chosen: Sequence[Step], state: Path, key: str, budget: float = math.inf) -> list[Outcome]:
-    """Runs what has not passed before under this key, for `budget` seconds. The state is written after every step."""
+def run_all(
+    chosen: Sequence[Step],
+    state: Path,
+    key: str,
+    budget: float = math.inf,
+    note: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+) -> list[Outcome]:
+    """Runs what has not passed before under this key, for `budget` seconds. The state is written after every step, which
+    `note` is told.
+    """
     end = time.monotonic() + budget
     known = json.loads(state.read_text()) if state.exists() else {}
     passed: dict[str, str] = known.get("passed", {}) if known.get("key") == key else {}
-    outcomes = []
+    outcomes: list[Outcome] = []
     for step in chosen:
-        if step.name in passed:
+        if step.name in passed and not step.always:
             outcome = Outcome(step.name, KEPT, 0.0, passed[step.name])
         elif (left := end - time.monotonic()) <= 0:
             outcome = Outcome(step.name, LATE, 0.0, "run the same command again to go on")
@@ -165,6 +213,9 @@ def run_all(chosen: Sequence[Step], state: Path, key: str, budget: float = math.
                 state.write_text(json.dumps({"key": key, "passed": passed}, indent=1))
             print(f"    {outcome.verdict} in {outcome.seconds:.0f} s", flush=True)
         outcomes.append(outcome)
+        if outcome.verdict not in (KEPT, LATE):
+            note(outcomes)
+    note(outcomes)
     return outcomes
 
 
@@ -208,6 +259,27 @@ def device() -> dict[str, Any] | None:
     return found
 
 
+def record(outcomes: Sequence[Outcome], here: dict[str, Any], *, quick: bool) -> dict[str, Any]:
+    """What goes to the JSON."""
+    return {
+        "check": "gpu-check",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "quick": quick,
+        "device": here,
+        "steps": [dataclasses.asdict(outcome) for outcome in outcomes],
+    }
+
+
+def pack(archive: Path, folders: Sequence[Path]) -> None:
+    """Writes a .tar.gz of the folders, whole or not at all, with names that begin at the checkout."""
+    unfinished = archive.with_name(f".{archive.name}")
+    with tarfile.open(unfinished, "w:gz") as tar:
+        for folder in folders:
+            if folder.exists():
+                tar.add(folder, folder.relative_to(ROOT))
+    unfinished.replace(archive)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every step that can run here passed, 1 if one did not, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -215,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="run again what passed before")
     parser.add_argument("--minutes", type=float, default=math.inf, metavar="N", help="start nothing after, and go on next time")
     parser.add_argument("--only", metavar="WORD", help="only steps whose name has this in it")
+    parser.add_argument("--archive", type=Path, metavar="FILE", help="a .tar.gz of logs, state and figures, after every step")
     options = parser.parse_args(arguments)
     here = device()
     if here is None:
@@ -227,18 +300,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = FOLDER / "state.json"
     if options.fresh:
         state.unlink(missing_ok=True)
-    outcomes = run_all(chosen, state, sources_key(f"{here} {options.quick}"), 60 * options.minutes)
     folder = (ROOT / "out" if options.quick else RESULTS) / "gpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {
-        "check": "gpu-check",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "quick": options.quick,
-        "device": here,
-        "steps": [dataclasses.asdict(outcome) for outcome in outcomes],
-    }
     path = folder / f"gpu-check-{re.sub(r'[^a-z0-9]+', '-', here['gpu'].lower())}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+    def note(outcomes: Sequence[Outcome]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record(outcomes, here, quick=options.quick), indent=1) + "\n")
+        if options.archive is not None:
+            pack(options.archive, [FOLDER, folder])
+
+    key = sources_key(f"{here} {options.quick}")
+    outcomes = run_all(chosen, state, key, 60 * options.minutes, note)
     bad = sum(outcome.bad for outcome in outcomes)
     print(f"\n{', '.join(f'{name} {value}' for name, value in here.items())}\n{table(outcomes)}")
     print(f"\n{bad} of {len(outcomes)} steps failed; written: {path}" if bad else f"\nnothing failed; written: {path}")
@@ -246,4 +318,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step under way ends with this process
     raise SystemExit(main())

@@ -47,10 +47,10 @@ LDMKIT_LOOPS(WithAvx512Bf16, LDMKIT_TARGET_AVX512_BF16, Avx512Bf16)
 #endif
 
 // Reads with one instruction set and writes with another.
-template <class Reads, class Writes>
-constexpr auto table() {
-  return Loops{Reads::plane_moments, Reads::row_moments, Writes::plane_normalise, Writes::row_normalise,
-               Reads::plane_sums,    Reads::row_sums,    Writes::plane_gradient,  Writes::row_gradient};
+template <class T, template <class> class Reads, template <class> class Writes>
+constexpr Loops<T> table() {
+  return {Reads<T>::plane_moments, Reads<T>::row_moments, Writes<T>::plane_normalise, Writes<T>::row_normalise,
+          Reads<T>::plane_sums,    Reads<T>::row_sums,    Writes<T>::plane_gradient,  Writes<T>::row_gradient};
 }
 
 }  // namespace
@@ -58,11 +58,11 @@ constexpr auto table() {
 template <class T>
 const Loops<T>& loops([[maybe_unused]] bool flush) {
 #if defined(__x86_64__)
-  static constexpr Loops<T> avx2 = table<WithAvx2<T>, WithAvx2<T>>(), avx512 = table<WithAvx512<T>, WithAvx512<T>>();
+  static constexpr Loops<T> avx2 = table<T, WithAvx2, WithAvx2>(), avx512 = table<T, WithAvx512, WithAvx512>();
   switch (instruction_set()) {
     case InstructionSet::avx512_bf16:
       if constexpr (std::is_same_v<T, BFloat16>) {
-        static constexpr Loops<T> flushing = table<WithAvx512<T>, WithAvx512Bf16<T>>();
+        static constexpr Loops<T> flushing = table<T, WithAvx512, WithAvx512Bf16>();
         if (flush) return flushing;
       }
       return avx512;
@@ -71,7 +71,7 @@ const Loops<T>& loops([[maybe_unused]] bool flush) {
     case InstructionSet::baseline: break;
   }
 #endif
-  static constexpr Loops<T> baseline = table<Default<T>, Default<T>>();
+  static constexpr Loops<T> baseline = table<T, Default, Default>();
   return baseline;
 }
 

@@ -1,8 +1,11 @@
 """`make gpu-check`'s own logic, and that of the GPU benchmarks, without a GPU."""
 
+import dataclasses
+import importlib.metadata
 import json
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -12,6 +15,7 @@ from benchmarks import gpu_check
 from benchmarks.common import ROOT, Spread
 from benchmarks.gpu import geglu, timing
 from benchmarks.gpu_check import Step, run_all, table
+from ldmkit.testing import contract
 
 
 def step(name, code, seconds=30.0, **rest):
@@ -54,6 +58,16 @@ def test_what_passed_is_not_run_again_until_a_source_changes(tmp_path):
         assert (outcome.verdict, len(mark.read_text())) == (verdict, runs)
 
 
+def test_a_build_runs_each_time_and_every_step_is_told_of(tmp_path):
+    """A lease that goes on does so on a machine that has nothing built yet."""
+    mark, told = tmp_path / "mark", []
+    build = dataclasses.replace(step("build", f"open({str(mark)!r}, 'a').write('x')"), always=True)
+    for runs in (1, 2):
+        outcomes = run_all([build, *plan()[:2]], tmp_path / "state.json", "key", note=lambda o: told.append(len(o)))
+        assert (outcomes[0].verdict, len(mark.read_text())) == ("passed", runs)
+    assert told == [1, 2, 3, 3, 1, 2, 3]
+
+
 def test_a_budget_ends_the_run_and_the_next_one_goes_on(tmp_path):
     state = tmp_path / "state.json"
     first = [step("good", CODES["good"]), step("slow", CODES["slow"]), step("after", CODES["good"])]
@@ -90,7 +104,11 @@ def test_the_exit_code_and_the_record(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "FOLDER", tmp_path / "state")
     monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_check, "steps", lambda quick: plan()[:2])
-    assert gpu_check.main([]) == 1
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    archive = tmp_path / "archive.tar.gz"
+    assert gpu_check.main(["--archive", str(archive)]) == 1
+    with tarfile.open(archive) as tar:
+        assert {"state/state.json", "state/bad.log", "gpu/gpu-check-nvidia-test.json"} <= set(tar.getnames())
     assert gpu_check.main(["--only", "good"]) == 0
     assert gpu_check.main(["--only", "nothing"]) == 2
     result = json.loads((tmp_path / "gpu" / "gpu-check-nvidia-test.json").read_text())
@@ -99,12 +117,40 @@ def test_the_exit_code_and_the_record(tmp_path, monkeypatch, capsys):
 
 
 def test_every_step_names_what_is_there():
-    names = [s.name for s in gpu_check.steps(quick=True)]
-    assert len(names) == len(set(names))
-    assert {"build", "verify triton", "verify cuda", "benchmark: gpu.geglu"} <= set(names)
-    assert {f"sanitizer: {tool}" for tool in gpu_check.TOOLS} <= set(names)
+    assert set(gpu_check.OPS) == set(contract.OPS)
+    for quick in (True, False):
+        steps = gpu_check.steps(quick=quick)
+        names = [s.name for s in steps]
+        assert len(names) == len(set(names))
+        assert names[0] == "build"
+        for op in gpu_check.OPS:
+            assert {f"verify {backend} {op}" for backend in ("cuda", "triton")} <= set(names)
+            assert {f"sanitizer: {tool} {op}" for tool in gpu_check.TOOLS} <= set(names)
+        assert {f"benchmark: gpu.{name}" for name in ("geglu", "cross_attention")} <= set(names)
+        files = [word for s in steps for word in s.command if word.startswith("tests")]
+        assert len(files) > 4
+        assert all((ROOT / name).exists() for name in files)
     for module, *_options in gpu_check.benchmarks():
         assert (ROOT / "benchmarks" / (module.replace(".", "/") + ".py")).is_file()
+
+
+def test_what_a_sanitizer_is_told_to_run_runs():
+    """On the CPU's kernels: names and options of this package are right."""
+    tiny = gpu_check.TINY.replace('"cuda"', '"cpu"')
+    for command in (["-c", tiny, "geglu"], [*gpu_check.verify("geglu")[1:], "cpu", "--only", "14", "--only", "11"]):
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "named sizes" in done.stdout
+
+
+def test_a_checkout_that_is_not_installed_is_registered(monkeypatch):
+    assert gpu_check.registration() == []
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert gpu_check.registration() == ["egg_info"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: `make gpu-check` runs these for real")

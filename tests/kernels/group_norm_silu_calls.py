@@ -36,7 +36,7 @@ class GroupNormCall:
                 named["x"], self.groups, named["weight"], named["bias"], 1e-5, self.silu, named["shift"], named["residual"]
             )
 
-        return values_and_gradients(call, list(tensors.values()), self.grad)
+        return values_and_gradients(call, list(tensors.values()), convert(self.grad))
 
 
 def _hidden(x, shift, residual):
