@@ -138,6 +138,11 @@ class GeneratorNoise:
         self.draw_dtype = draw_dtype
         self._motion: KeyedNoise | None = None
 
+    def first(self, count: int) -> GeneratorNoise:
+        """Noise of the first `count` generators, or of the only one."""
+        given = self.generator if isinstance(self.generator, torch.Generator) else self.generator[:count]
+        return GeneratorNoise(given, device=self.device, draw_dtype=self.draw_dtype)
+
     def __call__(self, shape_BCHW: Sequence[int], *, step: int, draw: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, C, H, W), drawn in `draw_dtype` on the generator's own device."""
         if isinstance(self.generator, torch.Generator):

@@ -126,23 +126,24 @@ class Run:
             raise NumericalError(f"the given latents hold {bad} NaN or infinite values (before step 1)")
         return latents.to(device=self.device, dtype=self.dtype)
 
-    def encode(self, pixels: Tensor, *, draw: int) -> Tensor:
-        """Pictures => sampled latents, one per wanted picture."""
+    def encode(self, pixels: Tensor, *, draw: int, once: bool = False) -> Tensor:
+        """Pictures => sampled latents, one per wanted picture. `once`: see `noise_for`."""
         posterior = self.autoencoder.encode(like_weights(pixels.to(self.device), self.autoencoder))
         mode = posterior.mode()
         if not bool(torch.isfinite(mode).all()):
             raise NumericalError("the autoencoder produced NaN or infinite values at encoding the image (before step 1)")
-        noise = self.noise_for(mode, draw=draw).to(mode.device)
+        noise = self.noise_for(mode, draw=draw, once=once).to(mode.device)
         copies = len(noise) // len(mode)
         samples = torch.stack([posterior.sample(noise[k::copies]) for k in range(copies)], dim=1).flatten(0, 1)
         return self.per_picture(samples).to(device=self.device, dtype=self.dtype)
 
-    def noise_for(self, given: Tensor, *, draw: int) -> Tensor:
-        """Noise like what was given, for every picture to make; a generator is asked for one draw per given image, as diffusers
-        asks it."""
-        one = isinstance(self.noise, GeneratorNoise) and isinstance(self.noise.generator, torch.Generator)
-        shape = (len(given) if one else self.count, *given.shape[1:])
-        return self.noise(shape, step=-1, draw=draw, dtype=given.dtype)
+    def noise_for(self, given: Tensor, *, draw: int, once: bool = False) -> Tensor:
+        """Noise like what was given, for every picture to make. A generator is asked as diffusers asks it: one for one draw per
+        given image; one per picture for a draw each, or, with `once`, the first of them for one per given image."""
+        source, count = self.noise, self.count
+        if isinstance(source, GeneratorNoise) and (once or isinstance(source.generator, torch.Generator)):
+            source, count = source.first(len(given)), len(given)
+        return source((count, *given.shape[1:]), step=-1, draw=draw, dtype=given.dtype)
 
     def per_picture(self, x: Tensor) -> Tensor:
         """Rows repeated (a, a, b, b) up to the number of pictures."""
@@ -256,11 +257,12 @@ def _inpainting(run: Run, pixels: Tensor, mask_image: Any, strength: float, late
     latent_mask = run.per_picture(torch.nn.functional.interpolate(mask, size=size))
     masked = pixels.to(mask) * (mask < 0.5)
     blending, from_noise = run.told == 0, strength == 1
-    encoded = run.encode(pixels, draw=1) if blending or not from_noise else None
+    encoded = run.encode(pixels, draw=1, once=True) if blending or not from_noise else None
     first = run.first_noise(latents, size)
     start = None if from_noise else encoded
     if blending:
         if isinstance(run.noise, GeneratorNoise):  # diffusers encodes the masked image here too, though nothing uses it
-            run.noise((len(masked), *first.shape[1:]), step=-1, draw=2, dtype=run.dtype)
+            run.noise_for(first[: len(masked)], draw=2, once=True)
         return Task(rest, first, start=start, keep=encoded, mask=latent_mask)
-    return Task(rest, first, start=start, spatial=torch.cat([latent_mask, run.encode(masked, draw=2)], dim=1))
+    told = run.encode(masked, draw=2, once=True)
+    return Task(rest, first, start=start, spatial=torch.cat([latent_mask, told], dim=1))

@@ -99,7 +99,7 @@ def prepare_upscaling(
     pixels = _small(run, image, size).to(device=run.device, dtype=run.dtype)
     if upscaling.noise is not None:
         level = NoiseSchedule(upscaling.noise.schedule).level(label)
-        noise = run.noise_for(pixels, draw=1)
+        noise = run.noise_for(pixels, draw=1, once=True)
         pixels = level.alpha * pixels.repeat_interleave(len(noise) // len(pixels), dim=0) + level.sigma * noise
     first = run.first_noise(latents, (pixels.shape[2], pixels.shape[3]))
     labels = None if upscaling.noise is None else torch.full((run.count,), label, device=run.device)

@@ -128,6 +128,19 @@ def test_one_generator_per_picture() -> None:
     pair.compare(height=SIZE, width=SIZE, generators=True)
 
 
+@pytest.mark.parametrize(
+    ("unet", "options"),
+    [("sd1", {}), ("sd1", {"strength": 0.6}), ("sd1", {"strength": 1.0}), ("inpainting", {"strength": 1.0})],
+    ids=["image to image", "inpainting from the image", "inpainting", "nine channels"],
+)
+def test_one_generator_per_picture_of_one_image(unet: str, options: dict[str, Any]) -> None:
+    """diffusers has each draw for the image in image-to-image, and the first one for all in inpainting."""
+    inpainting = {"mask_image": mask(), "height": SIZE, "width": SIZE, **options}
+    cls = diffusers.StableDiffusionInpaintPipeline if options else diffusers.StableDiffusionImg2ImgPipeline
+    pair = Pair(cls, unet, "euler-ancestral", None, "trailing", "epsilon")
+    pair.compare(image=picture(), generators=True, **(inpainting if options else {}))
+
+
 def test_guidance_rescale() -> None:
     pair = Pair(diffusers.StableDiffusionPipeline, "sd1", "ddim", 0.0, "leading", "v_prediction")
     pair.compare(height=SIZE, width=SIZE, guidance_rescale=0.7)

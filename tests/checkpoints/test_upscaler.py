@@ -54,7 +54,7 @@ def drawn(pipe: Any, prompts: int = 1, generators: bool = False, **arguments: An
     """Final latents of ours or theirs, from the same generator."""
     if isinstance(pipe, Pipeline):
         pipe.set_progress_bar_config(disable=True)
-    many = [torch.Generator().manual_seed(k) for k in range(prompts)]
+    many = [torch.Generator().manual_seed(k) for k in range(prompts * arguments.get("num_images_per_prompt", 1))]
     given = {"image": small() if prompts == 1 else [small(k) for k in range(prompts)], "noise_level": 30, **arguments}
     images: Tensor = pipe(
         prompt=[PROMPT] * prompts if prompts > 1 else PROMPT,
@@ -101,6 +101,7 @@ ARGUMENTS: list[dict[str, Any]] = [
     {"prompts": 2},
     {"prompts": 2, "generators": True},
     {"num_images_per_prompt": 2},
+    {"num_images_per_prompt": 2, "generators": True},
 ]
 
 
