@@ -38,12 +38,14 @@ class Prediction:
         variance: "learned_range" for a network with twice the channels: the second half is v, and (v + 1) / 2 says where the
             variance of a step of DDPM is between its bounds (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 15). For sampling:
             the trainer here has no loss for it.
+        clip: when sampling, x0 is held within [-clip, clip], after guidance: 1 for models of pixels, if they were made so.
         """
 
         type: Literal["epsilon", "v_prediction", "sample", "flow", "edm"] = "epsilon"
         x0_above_sigma: float | None = Field(None, gt=0)
         sigma_data: float | None = Field(None, gt=0)
         variance: Literal["learned_range"] | None = None
+        clip: float | None = Field(None, gt=0)
 
         @model_validator(mode="after")
         def _fits(self) -> Prediction.Config:

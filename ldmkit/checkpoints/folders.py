@@ -19,6 +19,7 @@ from ldmkit.checkpoints.keymap import KeyMap, Rule
 from ldmkit.checkpoints.schedulers import read_betas, read_scheduler
 from ldmkit.checkpoints.weights import read_weights
 from ldmkit.errors import CheckpointError, ConfigError
+from ldmkit.plugin.registry import build
 
 INDEX = "model_index.json"
 STEMS = ("diffusion_pytorch_model", "model")
@@ -32,6 +33,8 @@ SUPER_RESOLUTION = "LDMSuperResolutionPipeline"
 """Of diffusers, for latent diffusion's; it decodes latents as they are, whatever `scaling_factor` its autoencoder says."""
 LATENT_DIFFUSION = ("LDMTextToImagePipeline", "LDMPipeline", SUPER_RESOLUTION)
 """Pipelines of diffusers for the originals of latent diffusion."""
+PIXELS: Mapping[str, int] = {"DDPMPipeline": 1000, "DDIMPipeline": 50}
+"""Pipelines of diffusers for models of pixels, which have no autoencoder, and the steps they take."""
 TOKENIZERS = ("tokenizer", "tokenizer_2", "feature_extractor")
 """Folders without weights that a conditioner reads."""
 LOW_RES = "low_res_scheduler"
@@ -92,6 +95,10 @@ def read_folder(
             sources = {name: _rescaled(name, each, LOW_RES in present, pipeline_class) for name, each in sources.items()}
             part, accounting = assemble(kind, sources, tokenizers, dtype=dtype, device=device, strict=strict)
             arguments[kind], arguments["accounting"][kind] = part, accounting
+        elif kind == "autoencoder" and pipeline_class in PIXELS:
+            arguments[kind] = build(
+                kind, "identity", channels=read_object(folder / "unet" / "config.json").get("in_channels", 3)
+            )
         elif kind != "conditioner":
             raise CheckpointError(f"{folder / INDEX} names no {' or '.join(names)}; pass {kind}=...")
     if "scheduler" in present and not {"sampler", "schedule", "prediction"} <= set(without):
@@ -101,6 +108,8 @@ def read_folder(
     if pipeline_class == SUPER_RESOLUTION and "upscaling" not in without:
         arguments["upscaling"] = {}
         arguments["defaults"] |= SUPER_RESOLUTION_DEFAULTS
+    if pipeline_class in PIXELS:
+        arguments["defaults"] |= {"num_inference_steps": PIXELS[pipeline_class]}
     if LOW_RES in present and not {LOW_RES, "upscaling"} & set(without):
         schedule = read_betas(read_object(folder / LOW_RES / "scheduler_config.json"))
         noise = {"schedule": schedule, "max_level": read_object(folder / INDEX).get("max_noise_level", 350)}
@@ -175,5 +184,5 @@ def _defaults(unet: Mapping[str, Any], autoencoder: Any, pipeline_class: Any) ->
     factor = getattr(autoencoder, "downscale", None)
     pixels = size * factor if isinstance(size, int) and factor else None
     xl = unet.get("addition_embed_type") == "text_time"
-    scale = 1.0 if pipeline_class in LATENT_DIFFUSION else 5.0 if xl else 7.5
+    scale = 1.0 if pipeline_class in (*LATENT_DIFFUSION, *PIXELS) else 5.0 if xl else 7.5
     return {"height": pixels, "width": pixels, "guidance_scale": scale}

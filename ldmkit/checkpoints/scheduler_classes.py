@@ -115,8 +115,9 @@ _EDM_DEFAULTS: Values = {
 
 _DDPM = SchedulerClass(
     plain("ddpm", variance="variance_type"),
-    _SPACED | _CLIPPED | {"variance_type", "rescale_betas_zero_snr"},
-    {**_LEADING, "clip_sample": True, "variance_type": "fixed_small"},
+    _SPACED | _CLIPPED | {"clip_sample_range", "variance_type", "rescale_betas_zero_snr"},
+    {**_LEADING, "clip_sample": True, "clip_sample_range": 1.0, "variance_type": "fixed_small"},
+    {"clip_sample": (True, False)},
 )
 _DDIM = SchedulerClass(
     plain("ddim"),

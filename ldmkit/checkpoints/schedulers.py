@@ -82,7 +82,8 @@ def _prediction(settings: Values, known: SchedulerClass) -> Values:
     if known.kind == "edm":
         return {"type": "edm", "sigma_data": settings["sigma_data"]}
     variance = {"variance": _LEARNED} if settings.get("variance_type") == _LEARNED else {}
-    return {"type": settings.get("prediction_type", "epsilon"), **variance}
+    clip = {"clip": settings["clip_sample_range"]} if settings.get("clip_sample") else {}
+    return {"type": settings.get("prediction_type", "epsilon"), **variance, **clip}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- writing
@@ -240,6 +241,11 @@ def _write_prediction(result: Values, prediction: Values, kind: str) -> list[str
     learned = prediction.get("variance") == _LEARNED
     if learned != (result.get("variance_type") == _LEARNED):  # their other schedulers take no second half of channels
         problems.append(f"variance {prediction.get('variance')!r} of the prediction")
+    clip = prediction.get("clip")
+    if clip is not None and result["_class_name"] == "DDPMScheduler":  # DDIM there keeps the noise of the unclipped x0
+        result |= {"clip_sample": True, "clip_sample_range": clip}
+    elif clip is not None:
+        problems.append(f"clip = {clip:g} of the prediction")
     if kind == "edm" and prediction.get("type") == "edm":
         result |= {"prediction_type": "epsilon", "sigma_data": prediction["sigma_data"]}
     elif kind != "edm" and prediction.get("type") in PREDICTIONS and prediction.get("x0_above_sigma") is None:

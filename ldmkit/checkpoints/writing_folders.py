@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ldmkit.checkpoints.files import atomic_folder, write_json
-from ldmkit.checkpoints.folders import COMPONENTS, INDEX, LATENT_DIFFUSION, LOW_RES, STEMS, SUPER_RESOLUTION
+from ldmkit.checkpoints.folders import COMPONENTS, INDEX, LATENT_DIFFUSION, LOW_RES, PIXELS, STEMS, SUPER_RESOLUTION
 from ldmkit.checkpoints.foreign import Written
 from ldmkit.checkpoints.schedulers import write_betas, write_scheduler
 from ldmkit.checkpoints.weights import write_weights
@@ -40,7 +40,8 @@ def write_folder(
         written |= {name: (component, part) for name, component in part.to_diffusers().items()}
     low_res = settings["upscaling"].to_dict()["noise"] if "upscaling" in settings else None
     noised = low_res is not None if "upscaling" in settings else None
-    scheduler, pipeline_class = _scheduler(parts["sampler"], settings), _pipeline_class(parts, written, noised)
+    scheduler = _scheduler(parts["sampler"], settings)
+    pipeline_class = _pipeline_class(parts, written, scheduler["_class_name"], noised)
     written = _placed(written, pipeline_class)
     height, downscale = settings["defaults"].height, getattr(parts["autoencoder"], "downscale", 1)
     sample_size = None if height is None else height // downscale
@@ -112,7 +113,7 @@ def _write_component(folder: Path, component: Written, part: Any, limit: int | N
     write_weights(folder, component.names.restore(own), max_shard_size=limit, stem=STEMS[component.library != "diffusers"])
 
 
-def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised: bool | None) -> str:
+def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], scheduler: str, noised: bool | None) -> str:
     """The pipeline of diffusers that serves these components. Raises: InputError where there is none.
 
     Args:
@@ -132,6 +133,14 @@ def _pipeline_class(parts: Mapping[str, Any], written: Mapping[str, Any], noised
         (("text_encoder_2",), 0, None): "StableDiffusionXLImg2ImgPipeline",
         (("image_encoder",), 0, None): "StableDiffusionImageVariationPipeline",
     }
+    if not set(COMPONENTS["autoencoder"]) & written.keys():
+        of_pixels = scheduler.replace("Scheduler", "Pipeline")
+        if encoders or extra or of_pixels not in PIXELS:
+            raise InputError(
+                f"diffusers has no pipeline for pixels with the encoders {list(encoders)}, {extra} channels beside the pixels "
+                f"and the scheduler {scheduler}: {' and '.join(PIXELS)} take none, and ddpm or ddim; save in our own format"
+            )
+        return of_pixels
     unconditional = any(component.class_name == "UNet2DModel" for component, _ in written.values())
     if (encoders, extra, noised) not in known or unconditional != (not encoders):
         upscaling = "" if noised is None else f" and upscaling {'with' if noised else 'without'} noise"

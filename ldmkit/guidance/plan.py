@@ -10,7 +10,7 @@ from ldmkit.errors import InputError
 from ldmkit.guidance.classifier import Classifier, classifier_guided
 from ldmkit.guidance.combination import Weight, combined
 from ldmkit.guidance.interval import within
-from ldmkit.guidance.threshold import thresholded
+from ldmkit.guidance.threshold import clipped, thresholded
 from ldmkit.interfaces import Condition, Denoise
 from ldmkit.prediction import Model
 
@@ -61,6 +61,8 @@ class Guidance:
             denoise = within(denoise, plain(), *self.interval)
         if self.classifier is not None:
             denoise = classifier_guided(denoise, self.classifier, self.classifier_scale)
+        if model.prediction.config.clip is not None:
+            denoise = clipped(denoise, model.prediction.config.clip)
         if self.thresholding_ratio is not None:
             denoise = thresholded(denoise, self.thresholding_ratio, self.thresholding_limit)
         return denoise

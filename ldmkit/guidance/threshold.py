@@ -1,4 +1,4 @@
-"""Dynamic thresholding: Saharia et al. 2022 (Imagen), arXiv:2205.11487, section 2.3."""
+"""x0 kept where data are: clipped, or by dynamic thresholding (Saharia et al. 2022, Imagen, arXiv:2205.11487, section 2.3)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from torch import Tensor
 from ldmkit.denoised import Denoised
 from ldmkit.errors import InputError
 from ldmkit.interfaces import Denoise, Level
+
+
+def clipped(denoise: Denoise, limit: float) -> Denoise:
+    """x0 clamped to [-limit, limit], as pixel-space models do (Ho et al. 2020's code; "static thresholding" in Imagen)."""
+
+    def bounded(x: Tensor, level: Level) -> Tensor:
+        x0 = denoise(x, level)
+        return Denoised.carry(x0.clamp(-limit, limit), x0)
+
+    return bounded
 
 
 def thresholded(denoise: Denoise, ratio: float, limit: float = 1.0) -> Denoise:

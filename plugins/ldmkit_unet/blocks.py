@@ -35,7 +35,7 @@ def resampler(config: UNetConfig, level: int, way: Literal["down", "up"]) -> nn.
     channels = config.block_out_channels[level]
     if config.resnet_resampling:
         return res_block(config, channels, channels, way)
-    return Downsample(channels) if way == "down" else Upsample(channels)
+    return Downsample(channels, asymmetric=config.asymmetric_downsampling) if way == "down" else Upsample(channels)
 
 
 def resample(layer: nn.Module, x_BCHW: Tensor, time_BC: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class UNetConfig(ldmkit.Config):
         time_scale_shift: the time scales and shifts after the second norm of a res block, rather than being added before it.
         resnet_resampling: res blocks, rather than convolutions, halve and double height and width. (Both are of Dhariwal and
             Nichol 2021, arXiv:2105.05233, and of latent diffusion's churches.)
+        asymmetric_downsampling: convolutions that halve height and width pad right and bottom only (Ho et al. 2020's code).
         num_class_embeds: size of the table of class labels (`labels_B`), added to the time embedding; None = no labels.
         vector_dim: length of `vector_BC`, projected and added to the time embedding (SDXL 2816); None = no vector.
         guidance_dim: length of the embedding of the guidance scale (`guidance_B`), for models distilled with it (Meng et al.
@@ -62,6 +63,7 @@ class UNetConfig(ldmkit.Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     time_scale_shift: bool = False
     resnet_resampling: bool = False
+    asymmetric_downsampling: bool = False
     num_class_embeds: int | None = Field(None, ge=1)
     vector_dim: int | None = Field(None, ge=1)
     guidance_dim: int | None = Field(None, ge=4)
@@ -80,6 +82,8 @@ class UNetConfig(ldmkit.Config):
             raise ValueError(f"block_out_channels = {list(widths)}: each must be a multiple of norm_num_groups = {groups}")
         if widths[0] // 2 <= self.freq_shift:
             raise ValueError(f"freq_shift = {self.freq_shift:g} must be below half of block_out_channels[0] = {widths[0]}")
+        if self.asymmetric_downsampling and self.resnet_resampling:
+            raise ValueError("asymmetric_downsampling = true has no effect with resnet_resampling = true; leave one out")
         if self.spatial_channels >= self.in_channels:
             raise ValueError(
                 f"spatial_channels = {self.spatial_channels} of in_channels = {self.in_channels} leave none for the latents"

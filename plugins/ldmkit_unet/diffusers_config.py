@@ -95,16 +95,18 @@ def write_diffusers_config(config: UNetConfig) -> tuple[str, dict[str, Any]]:
     attended = [depth > 0 for depth in config.transformer_layers_per_block]
     values = config.to_dict()
     result = {key: values[key] for key in (*SAME, "block_out_channels", "num_class_embeds")}
-    result |= {"freq_shift": int(config.freq_shift), "downsample_padding": 1, "act_fn": "silu"}
+    result |= {
+        "freq_shift": int(config.freq_shift),
+        "downsample_padding": int(not config.asymmetric_downsampling),
+        "act_fn": "silu",
+    }
     if config.freq_shift != int(config.freq_shift):
         raise ConfigError(f"freq_shift = {config.freq_shift}: diffusers has whole numbers only")
     if config.attention_block == "plain":
         return "UNet2DModel", result | write_unconditional(config)
-    if config.time_scale_shift or config.resnet_resampling:
-        raise ConfigError(
-            f"time_scale_shift = {config.time_scale_shift}, resnet_resampling = {config.resnet_resampling}: diffusers has "
-            "these with attention_block = 'plain' only"
-        )
+    for name in ("time_scale_shift", "resnet_resampling", "asymmetric_downsampling"):
+        if getattr(config, name):
+            raise ConfigError(f"{name} = true: diffusers has these with attention_block = 'plain' only")
     if config.cross_attention_dim is None:
         raise ConfigError("diffusers has no U-Net whose transformers have no cross-attention (cross_attention_dim = None)")
     if (

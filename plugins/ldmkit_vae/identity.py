@@ -7,6 +7,7 @@ from torch import Tensor
 
 import ldmkit
 from ldmkit import Autoencoder, Posterior
+from ldmkit.checkpoints.foreign import Written
 
 
 class IdentityAutoencoder(Autoencoder):
@@ -26,6 +27,10 @@ class IdentityAutoencoder(Autoencoder):
         super().__init__()
         self.config = config
         self.image_channels = self.latent_channels = config.channels
+
+    def to_diffusers(self) -> dict[str, Written]:
+        """Nothing: diffusers' pipelines for models of pixels have no autoencoder. See `ldmkit.checkpoints.foreign`."""
+        return {}
 
     def encode(self, x_BCHW: Tensor) -> Posterior:
         """Raw pixels => a posterior that is sure of them."""
