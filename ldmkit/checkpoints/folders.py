@@ -84,7 +84,7 @@ def read_folder(
         ConfigError, UnknownPartError: for components or settings that cannot be served, by name.
     """
     check_dtype(dtype)
-    present, pipeline_class = components(folder, without), read_object(folder / INDEX).get("_class_name")
+    present, pipeline_class = components(folder, without), str(read_object(folder / INDEX).get("_class_name"))
     arguments: dict[str, Any] = {"accounting": {}, "conditioner": None}
     tokenizers = {name: folder / name for name in TOKENIZERS if name in present}
     for kind, names in COMPONENTS.items():
@@ -118,7 +118,7 @@ def read_folder(
     return arguments
 
 
-def _rescaled(name: str, component: Source, low_res: bool, pipeline_class: Any) -> Source:
+def _rescaled(name: str, component: Source, low_res: bool, pipeline_class: str) -> Source:
     """An autoencoder with the scale that its pipeline in diffusers has, whatever its own config says; others as they are."""
     config = component.config
     if low_res and name == "vae":  # old copies of the x4 upscaler do not say it
@@ -178,7 +178,7 @@ def _names(class_name: str, tensors: Mapping[str, Tensor]) -> KeyMap:
     return KeyMap([Rule("", ""), *legacy])
 
 
-def _defaults(unet: Mapping[str, Any], autoencoder: Any, pipeline_class: Any) -> dict[str, Any]:
+def _defaults(unet: Mapping[str, Any], autoencoder: Any, pipeline_class: str) -> dict[str, Any]:
     """Sizes as diffusers has them, and its pipelines' guidance."""
     size = unet.get("sample_size")
     factor = getattr(autoencoder, "downscale", None)

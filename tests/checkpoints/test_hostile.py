@@ -257,6 +257,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model_index.json", {"unet": None}),
         ("model_index.json", {"vae": {}}),
         ("model_index.json", {"scheduler": [1, 2]}),
+        ("model_index.json", {"_class_name": ["DDPMPipeline"], "vae": [None, None]}),
         ("scheduler/scheduler_config.json", {"prediction_type": []}),
         ("scheduler/scheduler_config.json", {"beta_start": "small"}),
         ("unet/config.json", {"down_block_types": 3}),
