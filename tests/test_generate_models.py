@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from ldmkit import Pipeline, build
 from ldmkit.checkpoints.compvis import unet_map, vae_map
+from ldmkit.checkpoints.lora_names import Layers
 from ldmkit.commands.recorded import CHUNK
 from tests.conditions import randomise
 from tests.test_generate import generate, pixels, settings
@@ -210,4 +212,59 @@ def test_spoilt_settings_are_one_line(text: str, message: str, capsys: pytest.Ca
     assert generate("--like", "spoilt.png") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --like spoilt.png: its ldmkit settings")
+    assert message in error
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of texts, a LoRA for it and a word."""
+    from tests.checkpoint_peers import stable_diffusion
+    from tests.checkpoints.test_lora import draw, kohya
+
+    folder = tmp_path_factory.mktemp("texts")
+    stable_diffusion(folder / "tokenizer").save_pretrained(folder / "sd")
+    pipe = Pipeline.from_pretrained(folder / "sd")
+    pairs = draw(Layers(pipe.denoiser, pipe.conditioner))
+    save_file(kohya(pairs), folder / "style=1.safetensors")
+    torch.save({"<dog>": torch.randn(2, 12, generator=torch.Generator().manual_seed(1))}, folder / "learned_embeds.bin")
+    return folder
+
+
+def test_loras_and_words(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(texts)
+    lora, words = "style=1.safetensors", "learned_embeds.bin"
+    call = ["a <cat>", "--model", "sd", "--seed", 1, "--steps", 4, "--guidance", 20, "--allow-pickle"]
+    assert generate(*call, "--lora", f"{lora}=-3", "--lora", lora, "--embedding", f"{words}=<cat>", "-o", "a.png") == 0
+    pipe = Pipeline.from_pretrained("sd")
+    told = {"prompt": "a <cat>", "seed": 1, "num_inference_steps": 4, "guidance_scale": 20.0}
+    seen = drawn(pipe, **told)
+    pipe.load_textual_inversion(words, "<cat>", allow_pickle=True)
+    seen += drawn(pipe, **told)
+    for weight in (-3.0, 1.0):
+        pipe.load_lora_weights(lora, weight=weight)
+        seen += drawn(pipe, **told)
+    assert_same("a.png", seen[-1])
+    assert all(np.abs(after - before).max() > 2 for before, after in itertools.pairwise(seen))
+    assert settings(Path("a.png"))["lora"] == [f"{texts / lora}=-3", f"{texts / lora}"]
+    monkeypatch.chdir(texts / "sd")
+    assert generate("--like", texts / "a.png", "-o", texts / "b.png", "--allow-pickle") == 0
+    assert_same(texts / "b.png", seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora", "style=1.safetensors=much"], "what follows = is the weight, a number, not 'much'"),
+        (["--lora", "style=1.safetensors=inf"], "inf"),
+        (["--lora", "nothing.safetensors"], "nothing.safetensors"),
+        (["--embedding", "learned_embeds.bin"], "is a pickle"),
+    ],
+)
+def test_loras_and_words_that_cannot_be(
+    arguments: list[str], message: str, texts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(texts)
+    assert generate("a cat", "--model", "sd", *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
     assert message in error

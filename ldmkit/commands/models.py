@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", help="a pipeline's registered name, folder or single file (default: emoji)")
     group.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32")
+    group.add_argument("--lora", action="append", metavar="FILE[=WEIGHT]", help="a LoRA, of weight 1 if not given; or several")
+    group.add_argument("--embedding", action="append", metavar="FILE[=WORD]", help="a word of textual inversion; or several")
     group.add_argument("--prediction", metavar="TYPE", help="epsilon, v_prediction, ..., where the files do not tell")
     group.add_argument("--variant", metavar="NAME", help="of a folder: fp16 reads *.fp16.safetensors")
     group.add_argument(
@@ -43,14 +45,36 @@ def load(settings: dict[str, Any], device: str, *, allow_pickle: bool) -> Pipeli
 
     model, file = settings["model"], Path(settings["model"]).is_file()
     given = {**settings, "allow_pickle": allow_pickle or None}
+    added = settings["lora"] or settings["embedding"]  # which may be pickles
     unfit = [name for name in (OF_FOLDERS if file else OF_FILES) if given[name] is not None]
+    unfit = [name for name in unfit if not (added and name == "allow_pickle")]
     if unfit:
         option, fits = f"--{unfit[0].replace('_', '-')}", "folders" if file else "single files"
         raise InputError(f"{option} is for {fits}, and --model {model} is {'a single file' if file else 'none'}; leave it out")
     names = (*OF_ANY, *(OF_FILES if file else OF_FOLDERS))
     options = {name: given[name] for name in names if given[name] is not None}
     options |= {"dtype": getattr(torch, settings["dtype"] or "float32"), "device": _device(device)}
-    return Pipeline.from_single_file(model, **options) if file else Pipeline.from_pretrained(model, **options)
+    pipe = Pipeline.from_single_file(model, **options) if file else Pipeline.from_pretrained(model, **options)
+    for text in settings["lora"] or ():
+        lora, weight = path_and_word(text)
+        pipe.load_lora_weights(lora, weight=_number(text, weight), allow_pickle=allow_pickle)
+    for text in settings["embedding"] or ():
+        embedding, word = path_and_word(text)
+        pipe.load_textual_inversion(embedding, word, allow_pickle=allow_pickle)
+    return pipe
+
+
+def path_and_word(text: str) -> tuple[Path, str | None]:
+    """`FILE=WORD` or `FILE` in two; a file may have = in its name."""
+    file, sign, word = text.rpartition("=")
+    return (Path(text), None) if not file or not sign or Path(text).exists() else (Path(file), word)
+
+
+def _number(text: str, weight: str | None) -> float:
+    try:
+        return 1.0 if weight is None else float(weight)
+    except ValueError:
+        raise InputError(f"--lora {text}: what follows = is the weight, a number, not {weight!r}") from None
 
 
 def _device(name: str) -> torch.device:

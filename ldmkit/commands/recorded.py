@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ldmkit.commands.models import path_and_word
 from ldmkit.config import Config
 from ldmkit.errors import ConfigError, InputError
 
@@ -40,6 +41,8 @@ class Recorded(Config):
     tokenizer: str | None = None
     ema: bool | None = None
     prediction: str | None = None
+    lora: tuple[str, ...] | None = None
+    embedding: tuple[str, ...] | None = None
     sampler: str | None = None
     steps: int | None = None
     guidance: float | None = None
@@ -88,6 +91,7 @@ def chunks(settings: dict[str, Any], prompt: str | None, seed: int, number: int,
 
     used = {name: value for name, value in settings.items() if value is not None}
     used |= {name: str(Path(used[name]).resolve()) for name in PATHS if name in used}
+    used |= {name: [_in_full(text) for text in used[name]] for name in ("lora", "embedding") if name in used}
     used["model"] = _located(used["model"])
     used |= {f"{name}_sha256": _sha256(Path(used[name])) for name in PICTURES if name in used}
     used.setdefault("steps", pipe.defaults.num_inference_steps)
@@ -113,6 +117,12 @@ def check_same_pictures(recorded: Recorded, settings: dict[str, Any]) -> None:
             raise InputError(
                 f"--like: {path} has changed since the picture was drawn; pass {option} {path} to use it as it is now"
             )
+
+
+def _in_full(text: str) -> str:
+    """`FILE` or `FILE=WORD`, the file as `--like` finds it from anywhere."""
+    path, word = path_and_word(text)
+    return str(path.resolve()) if word is None else f"{path.resolve()}={word}"
 
 
 def _located(model: str) -> str:
