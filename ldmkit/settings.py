@@ -86,8 +86,8 @@ class Settings:
         self._defaults: Defaults = as_config(Defaults, value) or Defaults()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises: InputError for diffusers' name of something, which assigned would do nothing."""
-        if name in ELSEWHERE:
+        """Raises: InputError for diffusers' name of something, which assigned would do nothing (unless a subclass has it)."""
+        if name in ELSEWHERE and not hasattr(type(self), name):
             raise InputError(f"a Pipeline has no {name!r} to assign: what diffusers calls so is here {ELSEWHERE[name]}")
         super().__setattr__(name, value)
 

@@ -65,3 +65,20 @@ def test_names_that_are_elsewhere(pipe: Pipeline) -> None:
     with pytest.raises(AttributeError, match=r"'Pipeline' object has no attribute 'unnet'$"):
         _ = pipe.unnet  # type: ignore[attr-defined]
     assert not hasattr(pipe, "scheduler")
+
+
+def test_a_subclass_may_have_these_names() -> None:
+    class Familiar(Pipeline):
+        @property
+        def scheduler(self) -> Any:
+            return self.sampler
+
+        @scheduler.setter
+        def scheduler(self, value: Any) -> None:
+            self.sampler = value
+
+    denoiser = {"name": "unet", "in_channels": 3, "out_channels": 3, "cross_attention_dim": None, "block_out_channels": [8]}
+    sizes = {"layers_per_block": 1, "transformer_layers_per_block": [0], "norm_num_groups": 4}
+    pipe = Familiar(autoencoder={"name": "identity", "channels": 3}, denoiser={**denoiser, **sizes})
+    pipe.scheduler = "euler"
+    assert repr(pipe.scheduler) == "EulerSampler()"
