@@ -27,8 +27,8 @@ from benchmarks import common
 from benchmarks.common import ROOT, Spread, ratio
 from ldmkit import build
 from ldmkit.checkpoints.compvis import clip_map, open_clip_map, unet_map, vae_map
-from ldmkit.checkpoints.filling import skeleton
 from ldmkit.checkpoints.keymap import KeyMap
+from ldmkit.checkpoints.skeletons import skeleton
 from ldmkit.plugin.registry import part_class
 from ldmkit_text.clip import PRESETS
 from ldmkit_unet.presets import PRESETS as UNETS
