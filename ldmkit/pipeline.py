@@ -405,6 +405,9 @@ class Pipeline(Adaptable, Settings):
         """
         if output_type not in get_args(OutputType):
             raise InputError(f"output_type = {output_type!r}: must be one of {', '.join(get_args(OutputType))}")
+        for name, said in (("progress", progress), ("return_trajectory", return_trajectory)):
+            if not isinstance(said, bool | None):
+                raise InputTypeError(f"{name} = {said!r}: must be True or False")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise InputTypeError(f"callback_on_step_end must be a function, see `Callback`, got {callback_on_step_end!r}")
         seed, first_image = arguments.seeds(seed), arguments.count("first_image", first_image, low=0)

@@ -70,7 +70,12 @@ class Trajectory:
 
         Args:
             denoise: the run's D where it has been made already (`guided()`, once for the steps of one backward pass).
+
+        Raises:
+            InputError: for a step that the trajectory does not have.
         """
+        if step not in range(len(self.states) - 1):
+            raise InputError(f"step = {step!r}: this trajectory has steps 0 to {len(self.states) - 2}")
         return self.sampler.log_prob_B(denoise or self.guided(), self.states[step], self.states[step + 1].drawn)
 
 

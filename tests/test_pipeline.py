@@ -436,6 +436,8 @@ def test_wrong_arguments_of_loading_are_named_before_anything_is_read(tmp_path: 
         ({"seed": ["1"]}, InputTypeError, "seed = '1': must be a whole number"),
         ({"first_image": -1}, InputError, "first_image = -1: must be a whole number of at least 0"),
         ({"first_image": "1"}, InputError, "first_image = '1'"),
+        ({"progress": "no"}, InputTypeError, "progress = 'no': must be True or False"),
+        ({"return_trajectory": "no"}, InputTypeError, "return_trajectory = 'no': must be True or False"),
         ({"callback_on_step_end": 5}, InputTypeError, "callback_on_step_end must be a function"),
         ({"guidance_method": 5}, InputTypeError, "guidance-method must be a name or a mapping with 'name', got int"),
         ({"prompt": None, "prompt_embeds": Condition()}, InputError, "prompt_embeds is for no picture: it sets no field"),

@@ -104,6 +104,13 @@ def test_unchanged_weights_have_the_ratio_1_and_a_gradient(pipe: Pipeline, sampl
     assert all(slope.abs().max() > 0 for slope in slopes)
 
 
+@pytest.mark.parametrize("step", [5, -1, "a", 0.5])
+def test_a_step_that_is_not_on_the_way_is_named(pipe: Pipeline, step: Any) -> None:
+    way = draw(pipe, return_trajectory=True).trajectory
+    with pytest.raises(InputError, match=f"step = {step!r}: this trajectory has steps 0 to 4"):
+        way.log_prob_B(step)
+
+
 def test_states_of_the_way_lead_to_the_picture(pipe: Pipeline) -> None:
     asked = draw(pipe, "ddim", return_trajectory=True)
     assert torch.equal(asked.images, draw(pipe, "ddim").images)
