@@ -131,6 +131,18 @@ def test_a_single_file_and_what_it_cannot_tell(saved: Path, capsys: pytest.Captu
     assert generate("--like", "pickle.png") == 2  # a picture does not speak for its pickle
 
 
+def test_the_hub_when_allowed(saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("huggingface_hub", reason="pip install huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(saved / name.partition("/")[2]))
+    call = ["--model", "some/faces", "--revision", "0" * 40]
+    assert generate(*call) == 2
+    assert generate(*call, "--allow-download", "-o", "face.png") == 0
+    assert settings(Path("face.png"))["revision"] == "0" * 40
+    assert generate("--like", "face.png") == 2  # nor for the network
+    assert generate("--like", "face.png", "--allow-download", "-o", "again.png") == 0
+    assert_same("again.png", pixels(Path("face.png")))
+
+
 def test_upscaling_takes_a_picture(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))
     small.save("small cat.png")
@@ -178,6 +190,8 @@ def test_classes_by_name_and_number(saved: Path, capsys: pytest.CaptureFixture[s
         ("faces", ["--ema"], "--ema is for single files"),
         ("faces", ["--allow-pickle"], "--allow-pickle is for single files"),
         ("faces.safetensors", ["--variant", "fp16"], "--variant is for folders"),
+        ("faces.safetensors", ["--allow-download"], "--allow-download is for folders and names"),
+        ("faces", ["--allow-download"], "is no name on the hub"),
     ],
 )
 def test_what_a_model_does_not_take(

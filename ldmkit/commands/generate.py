@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     targets = pictures.targets(Path(args.output), names)
     _check_sheets(args)
 
-    pipe = models.load(settings, args.device, allow_pickle=args.allow_pickle)
+    pipe = models.load(settings, args.device, allowed=[name for name in models.CONSENT if getattr(args, name)])
     preview = _preview(args, pipe)
     if seed is None:
         import secrets

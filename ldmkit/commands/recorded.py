@@ -37,6 +37,7 @@ class Recorded(Config):
     number: int = Field(0, ge=0)
     model: str = "emoji"
     variant: str | None = None
+    revision: str | None = None
     config: str | None = None
     tokenizer: str | None = None
     ema: bool | None = None
