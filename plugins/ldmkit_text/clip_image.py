@@ -172,9 +172,7 @@ class CLIPImageConditioner(Conditioner):
 
 
 def _picture(i: int, value: Any) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    if not isinstance(value, np.ndarray | Tensor):
+    if not isinstance(value, Image.Image | np.ndarray | Tensor):
         raise InputTypeError(f"picture prompt {i} must be a PIL image, an array or a tensor, got {type(value).__name__}")
     images: list[Image.Image] = from_pixels(to_pixels(value, channels=3), "pil")
     if len(images) != 1:

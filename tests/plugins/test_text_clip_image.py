@@ -89,6 +89,12 @@ def test_what_is_transparent_is_white() -> None:
     np.testing.assert_array_equal(ours.prepare(clear), ours.prepare(Image.new("RGB", (30, 30), (255, 255, 255))))
 
 
+def test_pictures_without_a_known_white_are_refused() -> None:
+    grey = Image.fromarray(np.full((30, 30), 20000, np.uint16))  # PIL's conversion to 8 bits would make it white
+    with pytest.raises(InputError, match="does not say which number is white"):
+        build("conditioner", "clip-image", **SIZES)([grey])
+
+
 @torch.no_grad()
 def test_embeddings_as_accurate_as_transformers(saved: Path) -> None:
     ours = Pipeline.from_pretrained(saved).conditioner
