@@ -126,6 +126,11 @@ def read_pipeline(
                 f"{folder} is not a folder, and no plugin's checkpoint format recognises it; single files that ldmkit itself "
                 "knows are read by from_single_file"
             )
+        files = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt"))
+        hint = f"; {', '.join(files[:3])} in it: from_single_file reads such" if files else ""
+        raise CheckpointError(
+            f"{folder} is no pipeline: it has neither {INDEX}, as ldmkit writes it, nor model_index.json, as diffusers{hint}"
+        )
     index = read_json(folder / INDEX)
     try:
         if index["format"] > FORMAT:

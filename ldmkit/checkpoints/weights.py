@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,7 +66,17 @@ def read_weights(folder: Path, *, stem: str = STEM, variant: str | None = None) 
     for index in (folder / name for name in (indices if variant else [f"{stem}.safetensors.index.json"])):
         if index.exists():
             return _read_shards(index)
-    return read_file(folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"))
+    file = folder / (f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors")
+    if not file.exists() and (others := _variants(folder, stem)):
+        raise CheckpointError(f"weights file {file} is missing; there is variant = {' or '.join(map(repr, others))}")
+    return read_file(file)
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    """Of which there are weights, in one file or in shards."""
+    names = [path.name.removeprefix(stem) for path in folder.glob(f"{stem}[.-]*safetensors*")]
+    words = {re.sub(r"-\d+-of-\d+|\.(safetensors|index|json)\b", "", name).strip(".") for name in names}
+    return sorted(words - {""})
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ def test_the_wild(folder: Path, change: Any, saved: Path) -> None:
 def test_variants(saved: Path, peer: Any, tmp_path: Path, shards: bool) -> None:
     half = copy.deepcopy(peer).to(torch.float16)
     half.save_pretrained(tmp_path / "half", variant="fp16", **({"max_shard_size": "20KB"} if shards else {}))
-    with pytest.raises(CheckpointError, match="is missing"):
+    with pytest.raises(CheckpointError, match="is missing; there is variant = 'fp16'"):
         Pipeline.from_pretrained(tmp_path / "half")
     pipe = Pipeline.from_pretrained(tmp_path / "half", variant="fp16", dtype="auto")
     assert pipe.dtype == torch.float16
@@ -220,3 +220,11 @@ def test_nothing_is_drawn_at_random(saved: Path) -> None:
         warnings.simplefilter("error")
         Pipeline.from_pretrained(saved)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is no pipeline: it has neither pipeline\.json.* as diffusers$"):
+        Pipeline.from_pretrained(tmp_path)
+    (tmp_path / "v1-5.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"v1-5\.safetensors in it: from_single_file reads such"):
+        Pipeline.from_pretrained(tmp_path)
