@@ -23,6 +23,7 @@ from torch.nn.functional import gelu, linear
 
 from benchmarks import common
 from benchmarks.common import Run, Spread, ratio
+from benchmarks.gpu.timing import require_device
 from ldmkit.kernels import geglu, geglu_linear
 from ldmkit.kernels.backends import automatic, implementations
 from ldmkit.kernels.geglu_linear.op import RECOMPUTED
@@ -245,6 +246,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen, record, device = common.options(arguments), common.environment(), arguments.device
     if device == "cuda":
+        require_device()
         record["cpu"] = torch.cuda.get_device_name()  # the file is named after what was measured
     left_out = "--without-compile was given" if arguments.without_compile else common.no_compiler(device)
     cases = [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Run, Spread, ratio
-from ldmkit.errors import KernelError
+from benchmarks.gpu.timing import require_device
 from ldmkit.kernels import group_norm_silu
 
 GROUPS = 32
@@ -206,8 +206,8 @@ def measure_gpu(model: str, shape: Sequence[int], direction: str, rounds: int) -
         op = ops([backend], compiled=False)[backend]
         try:
             op(*inputs[:3])
-        except KernelError as error:
-            refused[backend] = str(error)
+        except Exception as error:  # refused, or more than this device has
+            refused[backend] = f"{type(error).__name__}: {error}"
         else:
             found[backend] = op
     forward = runs("forward", inputs, found)
@@ -256,6 +256,8 @@ def main_gpu(chosen: common.Options) -> None:
     print(f"{record['gpu']}; microseconds inside a CUDA graph, median [quartiles]")
     for case in cases:
         print(f"{'x'.join(map(str, case['case']['shape']))} {case['case']['direction']}")
+        for name, reason in case["refused"].items():
+            print(f"  {name:14} {reason}")
         for name, spread in case["seconds"].items():
             line = case["lines"].get(name)
             said = "" if line is None else f"  {line['figure']}: {line['value']:.3g}, line {line['line']:g}, {line['reached']}"
@@ -272,9 +274,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = common.options(arguments)
     if arguments.gpu:
-        if not torch.cuda.is_available():
-            print("skipped: no CUDA device is visible to torch; run this on a machine that has one")
-            return
+        require_device()
         main_gpu(chosen)
         return
     record = common.environment()

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import common, gpu_check
 from benchmarks.common import ROOT, Spread
 from benchmarks.gpu import geglu, timing
 from benchmarks.gpu_check import Step, run_all, table
@@ -25,7 +26,7 @@ def step(name, code, seconds=30.0, **rest):
 CODES = {
     "good": "print('fine')",
     "bad": "print('wrong\\nbecause'); raise SystemExit(3)",
-    "none found": "raise SystemExit(5)",
+    "skipped": "print('2 skipped in 0.1s')",
     "slow": "import time; print('began', flush=True); time.sleep(60)",
 }
 
@@ -34,7 +35,7 @@ def plan():
     return [
         step("bad", CODES["bad"]),
         step("good", CODES["good"]),
-        step("none found", CODES["none found"], fine=(0, 5)),
+        step("skipped", CODES["skipped"], proof=" passed"),
         step("slow", CODES["slow"], seconds=1.0),
         step("absent", "", skip="no such tool"),
         Step("not there", ["/no/such/program"], 5.0),
@@ -43,11 +44,11 @@ def plan():
 
 def test_a_failure_is_shown_and_stops_nothing(tmp_path, capsys):
     outcomes = run_all(plan(), tmp_path / "state.json", "key")
-    assert [o.verdict for o in outcomes] == ["failed", "passed", "passed", "timed out", "skipped", "failed"]
-    assert [o.bad for o in outcomes] == [True, False, False, True, False, True]
-    assert [o.last for o in outcomes[:5]] == ["because", "fine", "", "began", "no such tool"]
+    assert [o.verdict for o in outcomes] == ["failed", "passed", "failed", "timed out", "skipped", "failed"]
+    assert [o.bad for o in outcomes] == [True, False, True, True, False, True]
+    assert [o.last for o in outcomes[:5]] == ["because", "fine", "2 skipped in 0.1s", "began", "no such tool"]
     assert "wrong\nbecause" in capsys.readouterr().out
-    assert [line.split()[0] for line in table(outcomes).splitlines()] == ["bad", "good", "none", "slow", "absent", "not"]
+    assert [line.split()[0] for line in table(outcomes).splitlines()] == ["bad", "good", "skipped", "slow", "absent", "not"]
 
 
 def test_what_passed_is_not_run_again_until_a_source_changes(tmp_path):
@@ -154,9 +155,10 @@ def test_a_checkout_that_is_not_installed_is_registered(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: `make gpu-check` runs these for real")
-@pytest.mark.parametrize("module", ["benchmarks.gpu_check", "benchmarks.gpu.geglu"])
-def test_without_a_gpu_it_says_so(module):
-    done = subprocess.run([sys.executable, "-m", module, "--quick"], cwd=ROOT, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("words", ["gpu_check", "gpu.geglu", "geglu --device cuda", "group_norm_silu --gpu"])
+def test_without_a_gpu_it_says_so(words):
+    command = [sys.executable, "-m", *f"benchmarks.{words} --quick".split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stdout + done.stderr
 
@@ -170,6 +172,26 @@ def test_a_case_is_judged_by_the_best_kernel_of_ours():
     assert not geglu.case("geglu", (3, 5), {**times, "triton": [2.2e-6]}, 2e6, ceiling)["reached"]
     assert not geglu.case("geglu", (8192, 2560), {"cuda": [33e-6]}, 2e6, ceiling)["reached"]
     assert not geglu.case("geglu", (3, 5), {"plain": [1e-9]}, 2e6, ceiling)["reached"]
+
+
+def test_what_cannot_be_timed_is_told_and_the_rest_is_timed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(timing, "FAILURES", [])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: types.SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(timing, "clock", time.perf_counter)
+    monkeypatch.setattr(timing, "graph", lambda call, inputs: call(*inputs[0]) and (lambda: None))
+
+    def greedy(x):
+        raise RuntimeError("out of resource\nand more")
+
+    times = timing.measure({"greedy": greedy, "plain": torch.numel}, lambda i: (torch.zeros(2, 3),), 1, {"rounds": 2})
+    assert list(times) == ["plain"]
+    assert timing.FAILURES == ["greedy of 2x3: RuntimeError: out of resource"]
+    record = {"instructions": "", "threads": 1, "gpu": {"name": "NVIDIA Test"}}
+    with pytest.raises(SystemExit, match="1"):
+        timing.report("geglu", "claim", common.Options(True, 1, tmp_path), record, cases=[], summary={})
+    (result,) = (tmp_path / "gpu").glob("*.json")
+    assert json.loads(result.read_text())["environment"]["failed"] == timing.FAILURES
+    assert "failed: greedy of 2x3" in capsys.readouterr().out
 
 
 def test_inputs_of_a_graph_outgrow_the_cache():

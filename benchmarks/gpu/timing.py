@@ -16,6 +16,8 @@ from benchmarks.common import Run, Spread
 
 MOST_CALLS = 16
 """In a graph."""
+FAILURES: list[str] = []
+"""What could not be timed, and why. The others are; `report` then ends the script with 1."""
 
 
 def require_device() -> None:
@@ -58,13 +60,21 @@ def graph(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> Run:
 def measure(
     calls: Mapping[str, Callable[..., Any]], make: Callable[[int], tuple[Any, ...]], bytes_a_call: int, timing: dict[str, Any]
 ) -> dict[str, list[float]]:
-    """Seconds of one call, by name, side by side in every round.
+    """Seconds of one call, by name, side by side in every round. A call that fails is told and left out.
 
     Args:
         make: number of a set => arguments.
     """
     inputs = [make(i) for i in range(copies(bytes_a_call, torch.cuda.get_device_properties(0).L2_cache_size))]
-    times = common.interleave({name: graph(call, inputs) for name, call in calls.items()}, clock=clock, **timing)
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = graph(call, inputs)
+        except Exception as error:  # a kernel that asks too much of this device is no reason not to time the others
+            shapes = ", ".join("x".join(map(str, t.shape)) for t in inputs[0])
+            FAILURES.append(f"{name} of {shapes}: {type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0])
+            print(f"failed: {FAILURES[-1]}", flush=True)
+    times = common.interleave(graphs, clock=clock, **timing)
     return {name: [seconds / len(inputs) for seconds in samples] for name, samples in times.items()}
 
 
@@ -109,6 +119,13 @@ def environment() -> dict[str, Any]:
 
 
 def report(name: str, doc: str, chosen: common.Options, record: dict[str, Any], **results: Any) -> None:
-    """Write the result, named after the device, to the folder `gpu` in that of the others."""
+    """Write the result, named after the device, to the folder `gpu` in that of the others.
+
+    Raises:
+        SystemExit: with 1, where something could not be timed.
+    """
     folder = dataclasses.replace(chosen, folder=chosen.folder / "gpu")
-    common.report(name, doc, folder, {**record, "cpu": record["gpu"]["name"]}, **results)
+    common.report(name, doc, folder, {**record, "cpu": record["gpu"]["name"], "failed": FAILURES}, **results)
+    if FAILURES:
+        print(f"{len(FAILURES)} could not be timed, the first: {FAILURES[0]}")
+        raise SystemExit(1)
