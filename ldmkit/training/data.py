@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ldmkit.errors import DataError, MissingDependencyError
@@ -185,8 +185,7 @@ def _open_folder(config: DataConfig, folder: Path, channels: int, conditioned: b
 
     def load(i: int) -> Image.Image:
         with Image.open(paths[i]) as image:
-            image.load()
-            return image
+            return _upright(image)
 
     return _checked_pictures(config, load, names, str(folder), conditions, channels, progress)
 
@@ -230,7 +229,7 @@ def _open_dataset(config: DataConfig, folder: Path, channels: int, conditioned: 
 
     def load(i: int) -> Image.Image:
         value = column[i][config.image_key]
-        return value if isinstance(value, Image.Image) else _to_image(np.asarray(value, dtype=np.uint8))
+        return _upright(value) if isinstance(value, Image.Image) else _to_image(np.asarray(value, dtype=np.uint8))
 
     return _checked_pictures(config, load, names, str(folder), conditions, channels, progress)
 
@@ -254,6 +253,8 @@ def _checked_pictures(
             image = load(i)
         except Exception as error:  # Pillow raises a dozen kinds, by file format
             return f"unreadable: {names[i]} ({type(error).__name__}: {str(error)[:80]})"
+        if image.mode.startswith(("I", "F")):  # Pillow would clip it to 0 .. 255
+            return f"of 16 bits or more: {names[i]} (mode {image.mode}); save it with 8"
         problem = _size_problem(config, *image.size)
         return f"wrong size: {names[i]} is {problem}" if problem else (_fitted(image, config, channels), image.size)
 
@@ -294,6 +295,11 @@ def _checked(conditions: list[Any], names: Sequence[str], key: str) -> list[Any]
 def _some(names: Sequence[str], separator: str = ", ") -> str:
     more = f"{separator}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return separator.join(names[:SHOWN]) + more
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decoded, and turned as its EXIF data say: cameras store pictures as the sensor lies."""
+    return ImageOps.exif_transpose(image)
 
 
 def _size_problem(config: DataConfig, width: int, height: int) -> str | None:

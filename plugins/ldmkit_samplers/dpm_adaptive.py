@@ -46,7 +46,9 @@ class DPMAdaptiveSampler(DPMFamily):
         timestep_spacing, sigma_schedule, rho, final_sigmas_type: the run's ends, see `DPMConfig`; onto the clean image a run
             takes one plain step more.
         order: 2 or 3.
-        rtol, atol: the error of a step, relative to x / alpha and absolute.
+        rtol, atol: the error of a step, relative to x / alpha at either end and absolute. Where a run begins with sigma / alpha
+            in the thousands ("squaredcos_cap_v2" with trailing or linspace times), x / alpha is as large, and the default lets
+            the first steps be too long: from Gaussians of std 0.5 it makes 2.0, rtol = 0.005 makes 0.507.
         h_init: the first step's length in log(alpha / sigma); None is the whole way by num_inference_steps.
         pcoeff, icoeff, dcoeff: of the controller; its share in proportion, integral and difference.
         accept_safety: a step is taken again, shorter, where the controller would shrink the next one by more than this factor.

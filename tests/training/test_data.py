@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ldmkit.errors import DataError
 from ldmkit.training.data import DecodedPictures, Pictures, StoredPictures, open_pictures
@@ -94,6 +94,16 @@ def test_crop_keeps_the_centre_and_transparency_becomes_white(tmp_path: Path) ->
     assert np.unique(inner[-5:].reshape(-1, 3), axis=0).tolist() == [[255, 255, 255]]
     grey = load(tmp_path, folder=".", conditioned=False, channels=1).read([0])
     assert grey.shape == (1, SIZE, SIZE, 1)
+
+
+def test_pictures_stand_as_their_cameras_say(tmp_path: Path) -> None:
+    stored = np.zeros((SIZE, SIZE, 3), np.uint8)
+    stored[: SIZE // 2] = 255
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(stored).save(tmp_path / "camera.png", exif=turned)
+    (picture,) = load(tmp_path, folder=".", conditioned=False).read([0])
+    assert np.array_equal(picture, np.rot90(stored, -1))
 
 
 def test_npz_pictures_are_resized(tmp_path: Path) -> None:
@@ -183,15 +193,18 @@ def test_unreadable_and_small_pictures_are_named_and_counted(data: Path, tmp_pat
     (tmp_path / "s/03.png").write_bytes(whole[: len(whole) - 30])
     (tmp_path / "s/05.png").write_bytes(b"not a picture")
     Image.new("RGB", (40, 9)).save(tmp_path / "s/09.png")
+    Image.fromarray(np.full((SIZE, SIZE), 65535, np.uint16)).save(tmp_path / "s/11.png")
     with pytest.raises(DataError) as error:
         load(tmp_path, folder="s")
     message = str(error.value)
-    assert "3 of 24 pictures cannot be used" in message
+    assert "4 of 24 pictures cannot be used" in message
     assert "unreadable: 03.png" in message
     assert "unreadable: 05.png" in message
     assert "wrong size: 09.png is 9 x 40" in message
+    assert "of 16 bits or more: 11.png (mode I;16)" in message
     (tmp_path / "s/03.png").write_bytes(whole)
     (tmp_path / "s/05.png").write_bytes(whole)
+    (tmp_path / "s/11.png").write_bytes(whole)
     assert len(load(tmp_path, folder="s", upscale=True)) == 24
 
 
