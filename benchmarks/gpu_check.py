@@ -91,7 +91,7 @@ def steps(*, quick: bool) -> list[Step]:
         ),
         *(Step(f"verify cuda {op}", [*verify(op), "cuda"], 200) for op in OPS),
         *(Step(f"verify triton {op}", [*verify(op), "triton"], 400) for op in OPS),
-        Step("tests that need a GPU", [*pytest, "-m", "gpu", "tests/kernels"], 300, proof=" passed"),
+        Step("tests that need a GPU", [*pytest, "-m", "gpu and not exhaustive", "tests/kernels"], 300, proof=" passed"),
         *(Step(f"tests: {path.stem}", [*pytest, str(path)], 400, proof=" passed") for path in kernel_tests),
         *(
             Step(f"benchmark: {' '.join(call)}", [python, "-m", f"benchmarks.{call[0]}", *call[1:], *hurry], 400)

@@ -23,13 +23,15 @@ BOUND = "the bound, over shapes, dtypes, layouts, sizes"
 ON_A_GPU = [pytest.param("cuda", marks=pytest.mark.gpu)] if implementations("cross_attention")["cuda"].missing is None else []
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def emulated():
     emulation.register()
 
 
 @pytest.fixture(params=["cuda-emulated", *ON_A_GPU])
 def backend(request):
+    if request.param == "cuda-emulated":  # on a GPU, time is dear: nothing is compiled for the emulation
+        request.getfixturevalue("emulated")
     return request.param
 
 
@@ -106,6 +108,7 @@ def test_queries_are_dealt_out_for_the_gradient_of_few_keys(backend):
     check(backend, 1, 2, 290, 9, 40, torch.float16)
 
 
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize(("S", "D"), [(77, 40), (200, 64), (50, 512)])
 def test_every_schedule_gives_the_same_bits(S, D):
     *tensors, grad = (randn((1, 1, n, D), i, torch.float16) for i, n in enumerate((40, S, S, 40)))
@@ -115,6 +118,7 @@ def test_every_schedule_gives_the_same_bits(S, D):
             assert all(map(torch.equal, run("cuda-emulated", tensors, grad), expected))
 
 
+@pytest.mark.usefixtures("emulated")
 def test_wider_heads_are_refused():
     """Where the dispatch asks, and where nobody has asked."""
     q = torch.zeros(1, 1, 2, 520)
