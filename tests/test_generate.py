@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ldmkit.cli import main
 from ldmkit.commands.recorded import CHUNK
@@ -79,6 +79,16 @@ def test_like_takes_changes(model: Path) -> None:
     assert settings(Path("more.png"))["seed"] == 1
     assert settings(Path("more.png"))["guidance"] == 6.0
     assert (pixels(Path("more.png")) != pixels(Path("pear.png"))).any()
+
+
+def test_a_picture_stands_as_its_camera_says(model: Path) -> None:
+    stored, turned = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(stored).save("camera.png", exif=turned)
+    Image.fromarray(np.rot90(stored, -1)).save("upright.png")
+    for name in ("camera", "upright"):
+        assert generate("a pear", "--model", model, "--seed", 3, "--image", f"{name}.png", "-o", f"out/{name}.png") == 0
+    assert (pixels(Path("out/camera.png")) == pixels(Path("out/upright.png"))).all()
 
 
 def test_like_wants_the_same_image(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

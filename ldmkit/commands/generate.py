@@ -198,11 +198,11 @@ def _call_options(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open(path: Path, option: str) -> Image.Image:
-    from PIL import Image, UnidentifiedImageError
+    """Turned as its EXIF data say. Raises: InputError where the file is no picture."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return ImageOps.exif_transpose(image)
     except (OSError, UnidentifiedImageError) as error:
         raise InputError(f"{option} {path}: cannot be read as a picture ({error})") from None
