@@ -1,6 +1,5 @@
 """Attention against its formula in float64, and what masks mean."""
 
-import math
 
 import pytest
 import torch
@@ -11,6 +10,8 @@ from hypothesis import strategies as st
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.kernels import cross_attention
 from ldmkit.kernels.cross_attention.reference import attend_without_dead_rows
+from ldmkit.testing.contract.core import Judge, Problem, Tally, evaluate
+from ldmkit.testing.contract.cross_attention import OP
 from tests.kernels.oracle import DTYPES, LOW, assert_within_bound, randn, seeds, values_and_gradients
 
 INF = float("inf")
@@ -45,15 +46,13 @@ def problems(draw):
 
 @given(problem=problems(), scale=st.sampled_from([None, 0.3]), seed=seeds)
 def test_values_and_gradients(problem, scale, seed):
-    q, k, v, mask, mask_4d = problem
-    grad = randn(q.shape, seed, q.dtype)
-    factor = scale or 1 / math.sqrt(q.shape[-1])
-    truth = values_and_gradients(lambda *t: oracle(*t, mask_4d, factor), [q.double(), k.double(), v.double()], grad.double())
-    got = values_and_gradients(lambda *t: cross_attention(*t, mask=mask, scale=scale), [q, k, v], grad)
-    theirs = values_and_gradients(
-        lambda *t: F.scaled_dot_product_attention(*t, attn_mask=mask_4d, scale=scale), [q, k, v], grad
-    )
-    assert_within_bound(got, theirs, truth, q.dtype)
+    """Judged as in the contract, which knows how large the numbers are that cancel: of so few results, plain torch's largest
+    error is small by luck, and its own softmax and product by hand break a bound made of it alone.
+    """
+    q, k, v, mask, _ = problem
+    options = {"scale": scale} if mask is None else {"scale": scale, "mask": mask}
+    case = Problem({"q": q, "k": k, "v": v}, options, (randn(q.shape, seed, q.dtype),))
+    Judge(OP, case).check(evaluate(cross_attention, case, OP.outputs), Tally())
 
 
 @pytest.mark.parametrize("additive", [False, True])

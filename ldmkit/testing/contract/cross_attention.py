@@ -169,7 +169,8 @@ def raw(problem: Problem) -> tuple[Any, ...]:
 def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
     """Rounding of scores shows in all weights; in the gradients of q and k, dP and its mean over the row cancel."""
     q, k, v = (problem.tensors[name].nan_to_num(0.0, 0.0, 0.0) for name in "qkv")
-    factor = problem.options.get("scale") or q.shape[-1] ** -0.5
+    scale = problem.options.get("scale")
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     mask = _full_mask(problem)
     hidden = ~(mask > -INF).any(dim=2)[..., None]
     k, v, grad = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), problem.grads[0]
