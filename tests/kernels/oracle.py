@@ -2,10 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from ldmkit.testing.contract.core import Judge, Problem, Tally, evaluate
+from ldmkit.testing.contract.cross_attention import OP
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*LOW, torch.float64)
@@ -32,6 +36,14 @@ def assert_within_bound(
         error, theirs = (g - t).abs().max().item(), (p - t).abs().max().item()
         bound = 2 * theirs + 2 * torch.finfo(dtype).eps * t.abs().max().item() * c
         assert error <= bound, f"result {i}: error {error:g} > {bound:g}; plain torch's is {theirs:g}"
+
+
+def judge_attention(call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **options: Any):
+    """Asserts the contract's bound on values and gradients: it knows how large the numbers are that cancel. Of few results,
+    plain torch's largest error is small by luck, and its own softmax and product by hand break a bound made of that alone.
+    """
+    problem = Problem({"q": q, "k": k, "v": v}, {name: value for name, value in options.items() if value is not None}, (grad,))
+    Judge(OP, problem).check(evaluate(call, problem, OP.outputs), Tally())
 
 
 def phi(x: Tensor) -> Tensor:

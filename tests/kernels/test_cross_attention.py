@@ -1,6 +1,5 @@
 """Attention against its formula in float64, and what masks mean."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +9,7 @@ from hypothesis import strategies as st
 from ldmkit.errors import InputError, InputTypeError
 from ldmkit.kernels import cross_attention
 from ldmkit.kernels.cross_attention.reference import attend_without_dead_rows
-from ldmkit.testing.contract.core import Judge, Problem, Tally, evaluate
-from ldmkit.testing.contract.cross_attention import OP
-from tests.kernels.oracle import DTYPES, LOW, assert_within_bound, randn, seeds, values_and_gradients
+from tests.kernels.oracle import DTYPES, LOW, assert_within_bound, judge_attention, randn, seeds, values_and_gradients
 
 INF = float("inf")
 
@@ -46,13 +43,8 @@ def problems(draw):
 
 @given(problem=problems(), scale=st.sampled_from([None, 0.3]), seed=seeds)
 def test_values_and_gradients(problem, scale, seed):
-    """Judged as in the contract, which knows how large the numbers are that cancel: of so few results, plain torch's largest
-    error is small by luck, and its own softmax and product by hand break a bound made of it alone.
-    """
     q, k, v, mask, _ = problem
-    options = {"scale": scale} if mask is None else {"scale": scale, "mask": mask}
-    case = Problem({"q": q, "k": k, "v": v}, options, (randn(q.shape, seed, q.dtype),))
-    Judge(OP, case).check(evaluate(cross_attention, case, OP.outputs), Tally())
+    judge_attention(cross_attention, q, k, v, randn(q.shape, seed, q.dtype), mask=mask, scale=scale)
 
 
 @pytest.mark.parametrize("additive", [False, True])

@@ -1,5 +1,7 @@
 """Attention in Triton, on a GPU, or in Triton's interpreter where there is none; the contract is in test_contract."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from ldmkit.kernels import cross_attention
 from ldmkit.kernels.triton_support import interpreting, lacks
-from tests.kernels.oracle import DTYPES, assert_within_bound, randn, seeds, values_and_gradients
+from tests.kernels.oracle import DTYPES, assert_within_bound, judge_attention, randn, seeds, values_and_gradients
 from tests.kernels.test_cross_attention import oracle
 
 pytestmark = pytest.mark.skipif(lacks() is not None, reason=str(lacks()))
@@ -17,9 +19,14 @@ DIMS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 256, 512)
 INF = float("inf")
 
 
+def inputs(B, H, L, S, D, dtype, seed):
+    """q, k, v and the gradient of the output, whose heads lie inside."""
+    return [randn((B, n, H, D), seed + i, dtype).transpose(1, 2).to(DEVICE) for i, n in enumerate((L, S, S, L))]
+
+
 def check(B, H, L, S, D, dtype, *, mask=None, scale=None, seed=0):
-    """Values and gradients, of tensors whose heads lie inside, against float64, by plain torch's own error."""
-    q, k, v, grad = (randn((B, n, H, D), seed + i, dtype).transpose(1, 2).to(DEVICE) for i, n in enumerate((L, S, S, L)))
+    """Values and gradients against float64, by plain torch's own error."""
+    q, k, v, grad = inputs(B, H, L, S, D, dtype, seed)
     factor = D**-0.5 if scale is None else scale
     truth = values_and_gradients(lambda *t: oracle(*t, mask, factor), [q.double(), k.double(), v.double()], grad.double())
     got = values_and_gradients(lambda *t: cross_attention(*t, mask=mask, scale=scale, backend="triton"), [q, k, v], grad)
@@ -41,8 +48,8 @@ def test_every_head_dimension(D, S):
     scale=st.sampled_from([None, -0.3, 0.0]),
 )
 def test_any_number_of_keys(S, D, dtype, seed, scale):
-    """17 queries, a block and one more: of fewer, plain torch's greatest error is one of a few numbers, and small by luck."""
-    check(1, 2, 17, S, D, dtype, seed=seed, scale=scale)
+    q, k, v, grad = inputs(1, 2, 17, S, D, dtype, seed)
+    judge_attention(partial(cross_attention, backend="triton"), q, k, v, grad, scale=scale)
 
 
 def test_what_a_row_shares_is_not_rounded_more_than_once():
