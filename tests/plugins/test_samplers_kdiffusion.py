@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ldmkit import Levels, SamplerState, build
@@ -247,6 +247,7 @@ def test_latents_are_those_of_the_formulas(name, data):
 @given(falling(), st.floats(0.1, 3.0), st.floats(1.2, 4.0), st.integers(1, 3), st.integers(1, 4))
 def test_restart_is_that_of_its_paper(sigmas, low, wider, repeats, steps):
     """Xu et al. 2023, algorithm 1: down past the interval's lower end, then `repeats` times up with noise, and down again."""
+    assume(not any(math.isclose(sigma, low) for sigma in sigmas))  # rounding says on which side of its own end a level lies
     high, still = low * wider, {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
     z, noise, restarted = START, Noise(), False
     for a, b in itertools.pairwise(sigmas):

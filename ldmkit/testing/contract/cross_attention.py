@@ -167,7 +167,11 @@ def raw(problem: Problem) -> tuple[Any, ...]:
 
 
 def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
-    """Rounding of scores shows in all weights; in the gradients of q and k, dP and its mean over the row cancel."""
+    """What is rounded on the way (Dao et al. 2022, arXiv:2205.14135, appendix B.4), beside the results themselves.
+
+    Once, by up to half a rounding, to the inputs' dtype: the weights P, dScores, and the saved output, whose rowsum(dOut Out)
+    is what dP has to cancel. Rounding of scores, in fp32, shows in all weights.
+    """
     q, k, v = (problem.tensors[name].nan_to_num(0.0, 0.0, 0.0) for name in "qkv")
     scale = problem.options.get("scale")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -178,18 +182,26 @@ def sizes(problem: Problem, exact: Results) -> dict[str, tuple[float, float]]:
     weights = scores.softmax(dim=-1).nan_to_num(0.0)
     of_scores = (q.abs() @ k.abs().mT * factor + mask.where(mask > -INF, 0.0).abs()).where(weights > 0, 0.0)
     kappa = 1 + largest(of_scores)
-    delta = (weights * (grad @ v.mT)).sum(-1, keepdim=True)
+    dp = grad @ v.mT
+    delta = (weights * dp).sum(-1, keepdim=True)
     steps = weights * (grad.abs() @ v.abs().mT + delta.abs()) * factor
-    cancelling = weights * delta * factor
-    of_q = max(largest(exact["gradient of q"]), largest(cancelling @ k))
-    of_k = max(largest(exact["gradient of k"]), largest(cancelling.mT @ q))
-    return {
-        "out": (largest(exact["out"]), kappa * largest(weights @ v.abs())),
-        "lse": (0.0, kappa),
-        "gradient of q": (of_q, kappa * largest(steps @ k.abs())),
-        "gradient of k": (of_k, kappa * largest(steps.mT @ q.abs())),
-        "gradient of v": (largest(exact["gradient of v"]), kappa * largest(weights.mT @ grad.abs())),
+    half = 1 / (2 * LIMIT)
+    ds = half * (weights * (dp - delta) * factor).abs()
+    cancelling = weights * torch.maximum(delta.abs(), half * (grad * exact["out"]).abs().sum(-1, keepdim=True)) * factor
+    rounded = {
+        "out": (half * weights @ v.abs(),),
+        "gradient of q": (cancelling @ k, ds @ k.abs()),
+        "gradient of k": (cancelling.mT @ q.abs(), ds.mT @ q.abs()),
+        "gradient of v": (half * weights.mT @ grad.abs(),),
     }
+    summed = {
+        "out": weights @ v.abs(),
+        "gradient of q": steps @ k.abs(),
+        "gradient of k": steps.mT @ q.abs(),
+        "gradient of v": weights.mT @ grad.abs(),
+    }
+    of = {name: (max(largest(exact[name]), *map(largest, rounded[name])), kappa * largest(summed[name])) for name in rounded}
+    return {**of, "lse": (0.0, kappa)}
 
 
 OP = Op(
