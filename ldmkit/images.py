@@ -43,10 +43,7 @@ def to_pixels(images: Any, *, channels: int, size: tuple[int, int] | None = None
 def _one(image: Any, channels: int, size: tuple[int, int] | None) -> Tensor:
     if isinstance(image, Image.Image):
         _check_mode(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB" if channels == 3 else "L")
+        image = on_white(image).convert("RGB" if channels == 3 else "L")
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.LANCZOS)
         image = np.array(image)
@@ -134,6 +131,14 @@ def to_mask(mask: Any, *, size: tuple[int, int], resize: bool = False) -> Tensor
     if not sum(map(len, planes)):
         raise InputError("mask_image holds no mask: an empty list, or a batch of none")
     return (torch.cat(planes) >= 0.5).float()
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture whose transparent places are white; one without any as it is."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _check_mode(image: Image.Image) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from ldmkit.errors import DataError, MissingDependencyError
+from ldmkit.images import on_white
 from ldmkit.plugin.registry import build
 from ldmkit.training.recipes import DataConfig
 
@@ -328,10 +329,7 @@ def _crop(original: Sequence[int], wanted: Sequence[int]) -> tuple[tuple[int, in
 
 def _fitted(image: Image.Image, config: DataConfig, channels: int) -> np.ndarray:
     """Transparency laid on white, the shorter side resized, the centre cropped: uint8 (H, W, C)."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB" if channels == 3 else "L")
+    image = on_white(image).convert("RGB" if channels == 3 else "L")
     height, width = config.height_width
     if image.size != (width, height):
         size, (top, left) = _crop((image.height, image.width), (height, width))
